@@ -1,0 +1,28 @@
+# make run    set up .venv, train VQ-EMA and BA-VQ on the embedded data set, compare them
+# make test   set up .venv, run the linter and the tests
+PYTHON ?= python3
+PY := .venv/bin/python
+QUICK := --dataset dead_leaves --hidden_dim 64 --latent_dim 8 --codebook_size 512 --epochs 4 --no_wandb
+
+.PHONY: run test clean
+
+run: .venv/run
+	$(PY) train.py --quantizer vq_ema --name quick_vq_ema $(QUICK)
+	$(PY) train.py --quantizer ba_vq --name quick_ba_vq $(QUICK)
+	$(PY) analysis.py experiments/quick_vq_ema experiments/quick_ba_vq
+
+test: .venv/test
+	.venv/bin/ruff check .
+	$(PY) -m pytest -q tests
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/test: .venv/run requirements-dev.txt
+	.venv/bin/pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

@@ -1,0 +1,216 @@
+"""Evaluate checkpoints on the test set: PSNR, SSIM, codebook use, r-FID and r-IS.
+
+    python eval_cifar.py --checkpoint experiments/RUN/final_model.pt
+    python eval_cifar.py --checkpoint experiments                     # every final_model.pt below
+    python eval_cifar.py --checkpoint experiments/RUN/final_model.pt --inception ~/inception-2015-12-05.pt
+
+r-FID is the Frechet distance (Heusel et al. 2017) between Inception features of the test images and of
+their reconstructions, both 8-bit, with clean-fid's network and resizing (Parmar et al. 2022). r-IS is the
+Inception score (Salimans et al. 2016) of the reconstructions from the same network's class probabilities.
+Writes eval_metrics.json and reconstructions.png beside each checkpoint.
+Exit codes: 0 done, 2 bad input, 3 r-FID and r-IS are missing because the network was not to be had.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import math
+import os
+import sys
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from cleanfid.resize import build_resizer
+from tqdm import tqdm
+
+import train
+import vqvae
+
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+INCEPTION_NAME = "inception-2015-12-05.pt"
+
+
+def frechet_distance(features_a, features_b):
+    """Frechet distance of Gaussians fitted to two feature sets (N, F), (M, F), in float64.
+
+    |m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)), with Tr (C_a C_b)^(1/2) as the sum of the singular
+    values of A^T B, A and B being centred features over sqrt(N - 1): C_a = A^T A needs no square root, so
+    nothing is lost where N is near F or the covariances are singular. Raises ValueError for N or M < 2.
+    """
+    if min(len(features_a), len(features_b)) < 2 or features_a.shape[1] != features_b.shape[1]:
+        raise ValueError(f"need two sets of at least 2 feature rows, got {features_a.shape}, {features_b.shape}")
+    a, b = features_a.double().cpu(), features_b.double().cpu()
+    difference = (a.mean(0) - b.mean(0)).square().sum()
+    roots = []
+    trace = 0.0
+    for features in (a, b):
+        centred = (features - features.mean(0)) / math.sqrt(len(features) - 1)  # (N, F)
+        trace += centred.square().sum()
+        roots.append(torch.linalg.qr(centred, mode="r").R)  # (min(N, F), F), R^T R = C
+    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    return (difference + trace - 2 * cross).item()
+
+
+def inception_score(probabilities, splits=10):
+    """(mean, standard deviation over `splits` consecutive parts) of exp(E KL(p(y|x) || p(y))); p is (N, classes).
+
+    Raises ValueError where N < splits.
+    """
+    if len(probabilities) < splits:
+        raise ValueError(f"need at least {splits} images, got {len(probabilities)}")
+    scores = []
+    for p in probabilities.double().cpu().tensor_split(splits):  # (n, classes)
+        kl = torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))
+        scores.append(kl.sum(1).mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+class Inception:
+    """clean-fid's TorchScript Inception and resizing: uint8 images (B, S, S, 3) -> features and class probabilities."""
+
+    def __init__(self, path, mode, device):
+        try:
+            self.network = torch.jit.load(path, map_location=device).eval()
+            self.weight, self.bias = self.network.output.weight, self.network.output.bias
+        except (RuntimeError, AttributeError, ValueError) as error:
+            raise vqvae.UserError(f"{path}: not clean-fid's TorchScript Inception ({INCEPTION_NAME}), or damaged") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.resize = build_resizer(mode)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, images):
+        resized = np.stack([self.resize(image) for image in images.cpu().numpy()])  # (B, 299, 299, 3), 0..255
+        x = torch.from_numpy(resized).to(self.device).permute(0, 3, 1, 2).float()
+        features = self.network.layers((x - 128) / 128).flatten(1)  # (B, 2048)
+        probabilities = torch.softmax(features @ self.weight.T + self.bias, 1)  # (B, 1008)
+        return features.cpu(), probabilities.cpu()
+
+
+def find_inception(path=None, url=INCEPTION_URL):
+    """Path of the Inception file: `path`, or the cache, or downloaded there once. Raises UserError."""
+    if path is not None:
+        if not Path(path).is_file():
+            raise vqvae.UserError(f"inception: {path} is no file; give the path of {INCEPTION_NAME}")
+        return Path(path)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqvae"
+    for folder in (cache, Path("/tmp")):  # clean-fid itself keeps it in /tmp
+        if (folder / INCEPTION_NAME).is_file():
+            return folder / INCEPTION_NAME
+    vqvae.download([url], cache / INCEPTION_NAME)
+    return cache / INCEPTION_NAME
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def inception_metrics(model, images, inception, batch_size):
+    """r-FID and r-IS of a model's reconstructions of images uint8 (N, S, S, 3), as a dict."""
+    device = next(model.parameters()).device
+    sides = ([], [])  # of originals and reconstructions: features, and of the latter probabilities
+    probabilities = []
+    for batch in tqdm(images.split(batch_size), desc="inception", disable=None):
+        with torch.no_grad():
+            y = vqvae.to_bytes(model(vqvae.to_float(batch.to(device))).images).permute(0, 2, 3, 1)
+        sides[0].append(inception(batch)[0])
+        features, p = inception(y)
+        sides[1].append(features)
+        probabilities.append(p)
+    mean, deviation = inception_score(torch.cat(probabilities))
+    return {"rfid": frechet_distance(torch.cat(sides[0]), torch.cat(sides[1])),
+            "ris": mean, "ris_std": deviation, "inception_images": len(images)}
+
+
+def find_checkpoints(words):
+    """The checkpoint files named, and every final_model.pt below the folders named. Raises UserError."""
+    found = []
+    for path in map(Path, words):
+        files = sorted(path.rglob("final_model.pt")) if path.is_dir() else [path]
+        if not files:
+            raise vqvae.UserError(f"checkpoint: no final_model.pt below {path}")
+        found += files
+    return found
+
+
+def parse(argv):
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--checkpoint", nargs="+", required=True, metavar="PATH", help="final_model.pt files, or folders")
+    parser.add_argument("--data_dir", metavar="DIR", help="where the data set is (default: as in training)")
+    parser.add_argument("--test_subset", type=int, metavar="N", help="only the first N test images (default: as in training)")
+    parser.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, mps, cuda or cuda:N (default auto)")
+    parser.add_argument("--batch_size", type=int, default=100, metavar="N", help="images at once (default 100)")
+    parser.add_argument("--inception", metavar="FILE", help=f"{INCEPTION_NAME} (default: cache, else downloaded)")
+    parser.add_argument("--mode", default="clean", choices=("clean", "legacy_pytorch"),
+                        help="resizing to 299 pixels: clean (Pillow, antialiased bicubic) or legacy_pytorch (bilinear)")
+    parser.add_argument("--no_fid", action="store_true", help="leave out r-FID and r-IS")
+    options = parser.parse_args(argv)
+    if options.batch_size < 1:
+        raise vqvae.UserError(f"batch_size: {options.batch_size} must be at least 1")
+    return options
+
+
+def evaluate_checkpoint(path, options, device, inception):
+    """All metrics of one checkpoint; `inception` is None to leave out r-FID and r-IS."""
+    model, config = vqvae.load_model(path, device)
+    changes = {key: getattr(options, key) for key in ("data_dir", "test_subset") if getattr(options, key) is not None}
+    config = dataclasses.replace(config, **changes)
+    images = vqvae.test_images(config)
+    metrics = {"checkpoint": str(path), "dataset": config.dataset,
+               **vqvae.evaluate(model, images, config.codebook_size, options.batch_size)}
+    if inception is not None:
+        network, source = inception
+        metrics.update(inception_metrics(model, images, network, options.batch_size), **source)
+    vqvae.write_json(path.parent / "eval_metrics.json", metrics)
+    vqvae.reconstruction_picture(model, images[:16], path.parent / "reconstructions.png")
+    return metrics
+
+
+def print_table(rows):
+    columns = ["psnr", "psnr_per_image", "psnr_y", "ssim", "perplexity", "usage_rate", "bits_per_index", "num_images",
+               "rfid", "ris", "ris_std"]
+    columns = [c for c in columns if any(c in row for row in rows)]
+    lines = [["checkpoint", *columns]]
+    lines += [[row["checkpoint"], *(f"{row[c]:.6g}" if c in row else "" for c in columns)] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def main(argv=None):
+    options = parse(argv)
+    paths = find_checkpoints(options.checkpoint)
+    device, reason = vqvae.pick_device(options.device)
+    print(f"device: {device} ({reason})")
+    for path in paths:
+        vqvae.read_checkpoint(path)  # a bad one is found before any work is done
+    inception, missing = None, None
+    if not options.no_fid:
+        try:
+            weights = find_inception(options.inception)
+            source = {"fid_mode": options.mode, "inception_path": str(weights), "inception_sha256": sha256(weights),
+                      "clean_fid_version": metadata.version("clean-fid")}
+            inception = Inception(weights, options.mode, device), source
+        except vqvae.UserError as error:
+            if options.inception is not None:
+                raise
+            missing = error
+    rows = [evaluate_checkpoint(path, options, device, inception) for path in paths]
+    print_table(rows)
+    if missing is not None:
+        print(f"error: r-FID and r-IS are missing: {missing}; then give it as --inception FILE", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(vqvae.run_command(main))

@@ -1,0 +1,162 @@
+"""Run the 8-run sweep of VQ-EMA against BA-VQ, compare, summarise.
+
+    python run_gpu_experiments.py                        # all 8 runs, one after the other
+    python run_gpu_experiments.py --jobs 4               # four at once on one GPU
+    python run_gpu_experiments.py --gpus 0,1,2,3 --jobs 2
+    python run_gpu_experiments.py --only k256 --epochs 2 --dataset dead_leaves   # other flags go to train.py
+    python run_gpu_experiments.py --print_commands       # one line per run, for a scheduler
+
+Runs finished with the same config are skipped; a failing one does not stop the others. Logs are in
+OUT_DIR/NAME.log, the summary in OUT_DIR/gpu_run_summary.json and OUT_DIR/summary.png.
+Exit codes: 0 all runs finished, 1 some failed, 2 bad input, 130 Ctrl-C.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import analysis
+import train
+import vqvae
+
+#       name                    quantizer  K     metric    epochs
+RUNS = [("vq_ema_k256",         "vq_ema",  256,  "euclid", 25),
+        ("ba_vq_k256",          "ba_vq",   256,  "euclid", 25),
+        ("vq_ema_k512",         "vq_ema",  512,  "euclid", 25),
+        ("ba_vq_k512",          "ba_vq",   512,  "euclid", 25),
+        ("vq_ema_k1024",        "vq_ema",  1024, "euclid", 20),
+        ("ba_vq_k1024",         "ba_vq",   1024, "euclid", 20),
+        ("vq_ema_k256_cosine",  "vq_ema",  256,  "cosine", 20),
+        ("ba_vq_k256_cosine",   "ba_vq",   256,  "cosine", 20)]
+SCRIPTS = Path(__file__).resolve().parent
+
+
+def run_flags(run, extra):
+    """The train.py flags of one row of RUNS; `extra` flags come last and win."""
+    name, quantizer, size, metric, epochs = run
+    return ["--config", str(SCRIPTS / "config_gpu.yaml"), "--name", name, "--quantizer", quantizer,
+            "--codebook_size", str(size), "--metric", metric, "--epochs", str(epochs), "--no_wandb", *extra]
+
+
+class Sweep:
+    """Starts runs as processes, at most one per slot, and can stop them all."""
+
+    def __init__(self, slots, timeout):
+        self.slots, self.timeout = queue.Queue(), timeout
+        for slot in slots:
+            self.slots.put(slot)
+        self.processes, self.stopped, self.lock = set(), threading.Event(), threading.Lock()
+
+    def run(self, flags, log):
+        """Run train.py with these flags, output to `log`; returns 'finished' or why it did not."""
+        gpu = self.slots.get()
+        try:
+            environment = dict(os.environ) if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+            with open(log, "a") as file:
+                with self.lock:
+                    if self.stopped.is_set():
+                        return "not started"
+                    process = subprocess.Popen([sys.executable, str(SCRIPTS / "train.py"), *flags], stdout=file,
+                                               stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+                    self.processes.add(process)
+                try:
+                    code = process.wait(self.timeout)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                    return f"timeout after {self.timeout:g} s"
+                finally:
+                    self.processes.discard(process)
+            return "finished" if code == 0 else f"exit code {code}"
+        finally:
+            self.slots.put(gpu)
+
+    def stop(self):
+        """Ask every running process to save and end."""
+        with self.lock:
+            self.stopped.set()
+            for process in list(self.processes):
+                process.send_signal(signal.SIGTERM)
+
+
+def parse(argv):
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                          allow_abbrev=False)
+    parser.add_argument("--dry_run", action="store_true", help="print the table of runs and stop")
+    parser.add_argument("--print_commands", action="store_true", help="print one command per run and stop")
+    parser.add_argument("--only", metavar="TEXT", default="", help="only runs whose name contains TEXT")
+    parser.add_argument("--epochs", type=int, metavar="N", help="epochs of every run, instead of the table's")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once on each GPU (default 1)")
+    parser.add_argument("--gpus", metavar="0,1,...", help="GPUs to spread the runs over (default: the first)")
+    parser.add_argument("--timeout", type=float, metavar="S", help="kill a run after this many seconds")
+    options, extra = parser.parse_known_args(argv)
+    if options.jobs < 1 or (options.timeout is not None and options.timeout <= 0):
+        raise vqvae.UserError("jobs and timeout must be positive")
+    if options.gpus is not None and not all(gpu.isdigit() for gpu in options.gpus.split(",")):
+        raise vqvae.UserError(f"gpus: expected numbers with commas between, got {options.gpus!r}")
+    if options.epochs is not None:
+        extra += ["--epochs", str(options.epochs)]
+    if "--name" in extra or any(word.startswith("--name=") for word in extra):
+        raise vqvae.UserError("name: the sweep names its runs; use --out_dir to keep sweeps apart")
+    runs = [run for run in RUNS if options.only in run[0]]
+    if not runs:
+        raise vqvae.UserError(f"only: no run has {options.only!r} in its name")
+    return options, {run[0]: run_flags(run, extra) for run in runs}
+
+
+def main(argv=None):
+    options, runs = parse(argv)
+    configs = {name: train.config_from(flags)[0] for name, flags in runs.items()}  # all flags checked before any run
+    if options.print_commands:
+        for flags in runs.values():
+            print(shlex.join(["python", "train.py", *flags]))
+        return 0
+    for name, config in configs.items():
+        print(f"{name:20s} {config.quantizer:7s} K={config.codebook_size:<5d} {config.metric:7s} {config.epochs} epochs")
+    if options.dry_run:
+        return 0
+
+    out_dir = Path(next(iter(configs.values())).out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise vqvae.UserError(f"{out_dir}: cannot write here ({error.strerror}); choose another --out_dir") from error
+    sweep = Sweep((options.gpus.split(",") if options.gpus else [None]) * options.jobs, options.timeout)
+    began, status = time.time(), {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with concurrent.futures.ThreadPoolExecutor(len(runs)) as pool:
+        futures = {pool.submit(sweep.run, flags, out_dir / f"{name}.log"): name for name, flags in runs.items()}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                name = futures[future]
+                status[name] = future.result()
+                print(f"[{len(status)}/{len(runs)}] {name}: {status[name]} ({time.time() - began:.0f} s)", flush=True)
+        except KeyboardInterrupt:
+            sweep.stop()
+            print("stopping: runs save where they are; the same command continues", file=sys.stderr)
+            return 130
+
+    finished = [name for name in runs if status[name] == "finished"]
+    records = analysis.load_runs([out_dir / name for name in finished])
+    vqvae.write_json(out_dir / "gpu_run_summary.json", {
+        "seconds": round(time.time() - began, 1), "status": {name: status[name] for name in runs},
+        "runs": {record["name"]: record for record in records}, "differences": analysis.differences(records)})
+    if records:
+        print(analysis.table(records))
+        analysis.summary_picture(records, out_dir / "summary.png")
+    failed = [name for name in runs if status[name] != "finished"]
+    if failed:
+        print(f"failed: {', '.join(failed)}; see {out_dir}/NAME.log, then run the same command again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(vqvae.run_command(main))

@@ -1,0 +1,232 @@
+"""train.py as users type it: precedence, the documented lines, and one clear line for every bad input."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+import train
+import vqvae
+from conftest import ROOT
+
+USERS_LINES = [
+    "--quantizer vq_ema --codebook_size 128 --epochs 2 --batch_size 256 --name test --no_wandb",
+    "--quantizer vq_ema --codebook_size 128 --epochs 2 --batch_size 64 --name test --no_wandb",
+    "--quantizer vq_ema --codebook_size 256 --epochs 30 --batch_size 256 --name vq_ema_k256 --no_wandb",
+    "--quantizer ba_vq --codebook_size 256 --epochs 30 --batch_size 256 --name ba_vq_k256 --no_wandb",
+    "--quantizer vq_ema --codebook_size 512 --epochs 30 --batch_size 256 --name vq_ema_k512 --no_wandb",
+    "--quantizer ba_vq --codebook_size 512 --epochs 30 --batch_size 256 --name ba_vq_k512 --no_wandb",
+]
+
+
+def run(capsys, *words):
+    """(exit code, standard output, standard error) of train.py with these words."""
+    try:
+        code = vqvae.run_command(lambda: train.main(list(words)))
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code or 0, captured.out, captured.err
+
+
+@pytest.mark.parametrize("line", USERS_LINES)
+def test_the_lines_users_type(capsys, line):
+    code, out, _ = run(capsys, *line.split(), "--dry_run")
+    settings = yaml.safe_load(out)
+    words = line.split()
+    assert code == 0
+    assert settings["quantizer"] == words[1] and settings["codebook_size"] == int(words[3])
+    assert settings["epochs"] == int(words[5]) and settings["name"] == words[9] and settings["wandb"] is False
+
+
+def test_dry_run_prints_the_resolved_config_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "--dry_run", "--codebook_size", "16384")
+    settings = yaml.safe_load(out)
+    assert code == 0 and settings["ema_decay"] == pytest.approx(1 - 128 * 64 / (20 * 16384))
+    assert vqvae.Config.from_dict(settings) == vqvae.Config(codebook_size=16384)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_precedence_default_yaml_flag(capsys, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("lr: 0.01\nepochs: 7\nentropy_weight: .inf\nwandb: true\n")
+    code, out, _ = run(capsys, "--config", str(file), "--epochs", "9", "--entropy_weight", "3", "--no_wandb", "--dry_run")
+    settings = yaml.safe_load(out)
+    assert code == 0 and (settings["lr"], settings["epochs"], settings["entropy_weight"]) == (0.01, 9, 3.0)
+    assert settings["wandb"] is False and settings["batch_size"] == vqvae.Config().batch_size
+
+
+def test_the_yaml_files_are_read_and_valid(capsys):
+    default = vqvae.read_yaml(ROOT / "config.yaml")
+    code, out, _ = run(capsys, "--dry_run")
+    assert code == 0 and default and default.items() <= yaml.safe_load(out).items()
+    assert vqvae.Config.from_dict(vqvae.read_yaml(ROOT / "config_gpu.yaml")).batch_size == 256
+
+
+def test_entropy_weight_takes_inf(capsys):
+    for word in ("inf", "0", "10"):
+        code, out, _ = run(capsys, "--entropy_weight", word, "--dry_run")
+        assert code == 0 and yaml.safe_load(out)["entropy_weight"] == float(word)
+
+
+def test_help_names_every_setting(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for field in vqvae.dataclasses.fields(vqvae.Config):
+        assert f"--{field.name}" in out and field.metadata["help"]
+
+
+BAD_FLAGS = [
+    "--codebook_size 0", "--codebook_size -5", "--codebook_size 1.5", "--codebook_size many", "--codebook_size",
+    "--codebook_size 99999999", "--epochs 0", "--epochs -1", "--epochs x", "--batch_size 0", "--batch_size 2.5",
+    "--lr 0", "--lr -1", "--lr nan", "--lr inf", "--lr fast", "--lr 2", "--quantizer vq", "--quantizer BA_VQ",
+    "--metric l1", "--metric Euclid", "--dataset mnist", "--latent_dim 0", "--latent_dim 1e3", "--hidden_dim 1",
+    "--downsample 3", "--downsample 0", "--image_size 64", "--image_size 0 --dataset dead_leaves",
+    "--image_size 30 --dataset dead_leaves", "--image_size 99999 --dataset dead_leaves", "--entropy_weight -1",
+    "--entropy_weight nan", "--entropy_weight -inf", "--ema_decay 1", "--ema_decay -0.1", "--ema_decay nan",
+    "--ema_decay 1.5", "--commitment_weight -1", "--commitment_weight inf", "--commitment_weight nan",
+    "--temperature_start 0", "--temperature_start -1", "--temperature_end 0", "--temperature_end nan",
+    "--temperature_start 1e9", "--anneal_fraction 2", "--anneal_fraction -1", "--anneal_fraction nan", "--ba_iters 0",
+    "--ba_iters 1000", "--ba_iters x", "--vq_recipe best", "--restart_threshold -1", "--restart_threshold 3",
+    "--seed -1", "--seed 99999999999", "--seed x", "--device tpu", "--device cuda:99", "--device cuda:x", "--device meta",
+    "--device ''", "--precision float16", "--precision double", "--val_size -1", "--val_size 15000 --dataset dead_leaves",
+    "--train_subset 0", "--train_subset -3", "--train_subset 10001 --dataset dead_leaves",
+    "--test_subset 0", "--test_subset 2001 --dataset dead_leaves", "--name ../escape", "--name a/b", "--name .hidden",
+    "--name ''", "--name /etc/passwd", "--name ..", "--config nowhere.yaml", "--config .", "--confg x", "--quantiser ba_vq",
+    "--resume", "--resume --overwrite", "--dataset folder --data_dir nowhere", "--epochs 3 4", "extra", "--wandb=yes",
+    "--out_dir ''", "--data_dir ''",
+]
+
+
+@pytest.mark.parametrize("line", BAD_FLAGS)
+def test_a_bad_flag_gives_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    words = [word.strip("'") for word in line.split()]
+    if "dataset" not in line:  # nothing may reach the network
+        words += ["--dataset", "dead_leaves"] if "image_size" not in line else []
+    code, out, err = run(capsys, *words)
+    assert code == 2, (out, err)
+    assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 400, err
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD_YAML = {
+    "unknown key": "codebok_size: 3", "text for number": "lr: 3e-4", "text": "epochs: many", "float for int": "epochs: 2.5",
+    "bool for int": "epochs: true", "int for bool": "wandb: 1", "text for bool": "wandb: 'yes'", "null": "lr: null",
+    "list": "epochs: [1, 2]", "mapping": "epochs: {a: 1}", "duplicate": "lr: 0.1\nlr: 0.2", "a list": "- lr",
+    "a word": "hello", "a number": "3", "broken": "lr: [1", "tabs": "lr:\t- 0.1\n\t- 2", "number key": "3: 4",
+    "alias bomb": "a: &a [1,1]\nb: &b [*a,*a]\nc: [*b,*b]", "anchor": "lr: &x 0.1\nepochs: *x",
+    "object": "lr: !!python/object/apply:os.system ['true']", "binary": "lr: !!binary aGk=", "date": "name: 2020-01-01",
+    "nan": "lr: .nan", "infinite": "lr: .inf", "out of range": "codebook_size: -1", "path in name": "name: ../x",
+    "two documents": "lr: 0.1\n---\nlr: 0.2", "merge key": "<<: {lr: 0.1}", "complex key": "? [a, b]\n: 1",
+    "null byte": "lr: \x00", "deep": "[" * 3000, "huge integer": "seed: " + "9" * 400,
+}
+
+
+@pytest.mark.parametrize("name", BAD_YAML)
+def test_bad_yaml_gives_one_line_and_exit_code_2(capsys, tmp_path, name):
+    file = tmp_path / "bad.yaml"
+    file.write_text(BAD_YAML[name])
+    code, _, err = run(capsys, "--config", str(file), "--dry_run")
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    if name == "text for number":
+        assert "3.0e-4" in err
+
+
+def test_yaml_that_is_not_text(capsys, tmp_path):
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    code, _, err = run(capsys, "--config", str(tmp_path / "bad.yaml"), "--dry_run")
+    assert code == 2 and err.count("\n") == 1
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def damaged_checkpoints(good, folder):
+    """Files that are no usable checkpoint, by name."""
+    data = good.read_bytes()
+    state = torch.load(good, weights_only=True)
+    smaller = {**state, "config": {**state["config"], "codebook_size": 8}}
+    files = {"truncated": data[:len(data) // 2], "empty": b"", "garbage": bytes(range(256)) * 10, "text": b"hello",
+             "flipped": data[:300] + bytes(200) + data[500:]}
+    objects = {"foreign": {"state_dict": {}}, "list": [1, 2], "tensor": torch.zeros(3), "pickled object": Malice(),
+               "wrong shapes": smaller, "future": {**state, "format_version": 99}, "no config": {"model": {}},
+               "bad config": {**state, "config": {**state["config"], "lr": "fast"}},
+               "unknown setting": {**state, "config": {**state["config"], "surprise": 1}},
+               "missing weights": {**state, "model": {}}, "model is a list": {**state, "model": [1]},
+               "config is a list": {**state, "config": [1]}}
+    for name, content in files.items():
+        (folder / f"{name}.pt").write_bytes(content)
+    for name, content in objects.items():
+        torch.save(content, folder / f"{name}.pt")
+    return [*files, *objects]
+
+
+def test_bad_checkpoints_give_one_line_and_run_nothing(tiny_config, tmp_path, monkeypatch, capsys):
+    import eval_cifar
+    monkeypatch.chdir(tmp_path)
+    vqvae.train(tiny_config(epochs=1))
+    good = tmp_path / "experiments" / "tiny" / "final_model.pt"
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    names = damaged_checkpoints(good, broken)
+    for name in [*names, "missing"]:
+        capsys.readouterr()
+        code = vqvae.run_command(lambda: eval_cifar.main(["--checkpoint", str(broken / f"{name}.pt"), "--no_fid"]))
+        err = capsys.readouterr().err
+        assert code == 2 and err.count("\n") == 1 and f"{name}.pt" in err, (name, err)
+    assert not (tmp_path / "pwned").exists() and not (broken / "eval_metrics.json").exists()
+
+
+def test_a_damaged_resume_checkpoint_is_named(tiny_config, tmp_path):
+    config = tiny_config()
+    vqvae.train(config)
+    folder = tmp_path / "experiments" / "tiny"
+    (folder / "final_metrics.json").unlink()
+    (folder / "checkpoint_epoch_0002.pt").write_bytes(b"broken")
+    with pytest.raises(vqvae.UserError, match="checkpoint_epoch_0002.pt"):
+        vqvae.train(config)
+
+
+def test_read_only_and_occupied_output(tiny, capsys, tmp_path):
+    (tmp_path / "file").write_text("x")
+    flags = [w for k, v in tiny(out_dir=str(tmp_path / "file")).items() for w in (f"--{k}", str(v))]
+    code, _, err = run(capsys, *flags)
+    assert code == 2 and err.count("\n") == 1 and "out_dir" in err
+
+
+def test_out_of_memory_says_what_to_lower(capsys):
+    def hungry():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    assert vqvae.run_command(hungry) == 2
+    assert "--batch_size" in capsys.readouterr().err
+
+
+def test_ctrl_c_through_the_command_line(tiny, tmp_path):
+    """Exit code 130, one line, and the same command finishes the run."""
+    import signal
+    import time
+    flags = [w for k, v in tiny(epochs=200).items() for w in (f"--{k}", str(v))]
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                process.send_signal(signal.SIGINT)
+                break
+        began = time.time()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.count("\n") == 1 and "resumes" in err
+    assert time.time() - began < 30
+    assert any("step" in path.name or "epoch" in path.name
+               for path in vqvae.checkpoints(tmp_path / "experiments" / "tiny"))
+
+

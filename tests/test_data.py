@@ -1,0 +1,214 @@
+"""Data sets: determinism, splits, folders of odd images, and downloads against a local server."""
+
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vqvae
+from vqvae import Config, UserError
+
+
+def test_dead_leaves_are_deterministic_and_varied():
+    one = vqvae.dead_leaves(30, 16, seed=1)
+    assert one.shape == (30, 16, 16, 3) and one.dtype == torch.uint8
+    assert torch.equal(one, vqvae.dead_leaves(30, 16, seed=1))
+    assert torch.equal(one[:10], vqvae.dead_leaves(30, 16, seed=1)[:10])
+    assert not torch.equal(one, vqvae.dead_leaves(30, 16, seed=2))
+    assert len(one.flatten(1).unique(dim=0)) == 30
+
+
+def test_dead_leaves_have_natural_statistics():
+    # Power spectrum of natural images falls about as 1/f^2 (Field 1987): between f^-1.4 and f^-3 here.
+    images = vqvae.dead_leaves(200, 64, seed=0).float().mean(3)
+    images = images - images.mean((1, 2), keepdim=True)
+    power = torch.fft.fft2(images).abs().square().mean(0)
+    f = torch.hypot(*torch.meshgrid(torch.fft.fftfreq(64), torch.fft.fftfreq(64), indexing="ij"))
+    radii = torch.tensor([2, 4, 8, 16]) / 64
+    levels = torch.stack([power[(f - r).abs() < 0.01].mean() for r in radii])
+    slope = np.polyfit(radii.log().numpy(), levels.log().numpy(), 1)[0]
+    assert -3 < slope < -1.4
+
+
+def test_splits_do_not_overlap():
+    config = Config(dataset="dead_leaves", image_size=8, val_size=5000, downsample=2)
+    train, val = vqvae.training_images(config)
+    test = vqvae.test_images(config)
+    assert (len(train), len(val), len(test)) == (10000, 5000, 2000)
+    rows = torch.cat([train, val, test]).flatten(1)
+    assert len(rows.unique(dim=0)) == len(rows)
+    smaller, same_val = vqvae.training_images(Config(dataset="dead_leaves", image_size=8, downsample=2, train_subset=7))
+    assert torch.equal(smaller, train[:7]) and torch.equal(same_val, val)
+
+
+def test_cifar10_splits(cifar10_dir):
+    config = Config(data_dir=str(cifar10_dir))
+    train, val = vqvae.training_images(config)
+    test = vqvae.test_images(config)
+    assert (len(train), len(val), len(test)) == (45000, 5000, 10000)
+    assert train.shape[1:] == (32, 32, 3) and train.dtype == torch.uint8
+    assert abs(train.float().mean() / 255 - 0.4734) < 2e-3  # the published mean of CIFAR-10
+
+
+def save(path, array, mode=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(path, **options)
+
+
+def folder_config(root, **changes):
+    return Config(**{**dict(dataset="folder", data_dir=str(root), image_size=16, val_size=1), **changes})
+
+
+def test_folder_reads_odd_images(tmp_path):
+    rng = np.random.default_rng(0)
+    color = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    save(tmp_path / "train" / "a" / "grey.png", color[:, :, 0])
+    save(tmp_path / "train" / "a" / "cmyk.jpg", color, "CMYK")
+    save(tmp_path / "train" / "b" / "alpha.png", color, "RGBA")
+    save(tmp_path / "train" / "b" / "palette.png", color, "P")
+    save(tmp_path / "train" / "b" / "tiny.png", color[:1, :1])
+    save(tmp_path / "test" / "a" / "large.png", np.tile(color, (40, 40, 1)))
+    train, val = vqvae.training_images(folder_config(tmp_path))
+    assert train.shape == (4, 16, 16, 3) and val.shape == (1, 16, 16, 3)
+    assert vqvae.test_images(folder_config(tmp_path)).shape == (1, 16, 16, 3)
+
+
+def test_folder_without_splits_keeps_every_tenth_for_the_test(tmp_path):
+    for i in range(20):
+        save(tmp_path / "class" / f"{i:02d}.png", np.full((16, 16, 3), i, np.uint8))
+    train, val = vqvae.training_images(folder_config(tmp_path))
+    assert vqvae.test_images(folder_config(tmp_path))[:, 0, 0, 0].tolist() == [9, 19]
+    assert train[:, 0, 0, 0].tolist() + val[:, 0, 0, 0].tolist() == [i for i in range(20) if i % 10 != 9]
+
+
+def bomb(path):
+    save(path, np.zeros((1, 1, 3), np.uint8))
+    data = bytearray(path.read_bytes())
+    data[16:24] = (60000).to_bytes(4, "big") * 2  # the header claims 60000 x 60000 pixels
+    import zlib
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "bomb", "wrong crc"])
+def test_a_broken_image_is_named(tmp_path, kind):
+    path = tmp_path / "train" / "a" / "broken.png"
+    save(path, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    save(tmp_path / "test" / "a" / "fine.png", np.zeros((16, 16, 3), np.uint8))
+    data = path.read_bytes()
+    if kind == "bomb":
+        bomb(path)
+    else:
+        path.write_bytes({"text": b"not an image", "empty": b"", "truncated": data[:len(data) // 2],
+                          "wrong crc": data[:60] + b"XXXX" + data[64:]}[kind])
+    with pytest.raises(UserError, match="broken.png"):
+        vqvae.training_images(folder_config(tmp_path, val_size=0))
+
+
+@pytest.mark.parametrize("layout", ["missing", "empty", "no images", "a file"])
+def test_folders_without_images(tmp_path, layout):
+    root = tmp_path / "data"
+    if layout == "a file":
+        root.write_text("x")
+    elif layout != "missing":
+        root.mkdir()
+        if layout == "no images":
+            (root / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="data_dir"):
+        vqvae.training_images(folder_config(root))
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves /good, /garbage, /half (drops the line), /stall (sends nothing more), /count; else 404."""
+
+    content, requests = b"", []
+
+    def do_GET(self):
+        self.requests.append(self.path)
+        body = {"/good": self.content, "/garbage": b"<html>sorry</html>", "/half": self.content[:100],
+                "/stall": self.content[:100]}.get(self.path)
+        if body is None:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content) if self.path in ("/half", "/stall") else len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+        if self.path == "/stall":
+            time.sleep(3)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    Handler.content, Handler.requests = bytes(range(256)) * 50, []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_address[1]}"
+        httpd.shutdown()
+
+
+def test_download_checks_and_is_atomic(server, tmp_path):
+    target = tmp_path / "file"
+    vqvae.download([f"{server}/missing", f"{server}/garbage", f"{server}/half", f"{server}/good"], target,
+                   hashlib.md5(Handler.content).hexdigest())
+    assert target.read_bytes() == Handler.content and list(tmp_path.iterdir()) == [target]
+    assert Handler.requests == ["/missing", "/garbage", "/half", "/good"]
+
+
+@pytest.mark.parametrize("path", ["missing", "garbage", "half", "stall"])
+def test_a_failing_download_leaves_nothing(server, tmp_path, monkeypatch, path):
+    monkeypatch.setattr(vqvae, "DOWNLOAD_TIMEOUT", 0.5)
+    with pytest.raises(UserError, match=f"{path}.*by hand"):
+        vqvae.download([f"{server}/{path}"], tmp_path / "file", hashlib.md5(Handler.content).hexdigest())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_https_leaves_this_machine(tmp_path):
+    for url in ("http://example.org/x", "ftp://example.org/x", "file:///etc/passwd"):
+        with pytest.raises(UserError, match="only https"):
+            vqvae.download([url], tmp_path / "file", "0")
+
+
+def test_cifar10_offline_is_one_clear_error(tmp_path):
+    config = Config(data_dir=str(tmp_path / "data"), cifar10_url="http://127.0.0.1:9/cifar.tar.gz")
+    with pytest.raises(UserError, match="could not download cifar-10-python.tar.gz.*by hand"):
+        vqvae.training_images(config)
+
+
+def test_cifar10_downloads_unpacks_and_verifies(server, tmp_path, monkeypatch, cifar10_dir):
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        tar.add(cifar10_dir / "cifar-10-batches-py", "cifar-10-batches-py")
+    Handler.content = archive.getvalue()
+    monkeypatch.setattr(vqvae, "CIFAR10_MD5", hashlib.md5(Handler.content).hexdigest())
+    config = Config(data_dir=str(tmp_path), cifar10_url=f"{server}/good")
+    assert len(vqvae.test_images(config)) == 10000
+    assert len(vqvae.training_images(config)[0]) == 45000
+    assert Handler.requests == ["/good"]
+    batch = tmp_path / "cifar-10-batches-py" / "data_batch_1"
+    batch.write_bytes(batch.read_bytes()[:-1])  # damaged later: mended from the archive
+    assert len(vqvae.training_images(config)[0]) == 45000 and Handler.requests == ["/good"]
+
+
+def test_archive_members_cannot_escape(server, tmp_path, monkeypatch):
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        member = tarfile.TarInfo("../escaped")
+        member.size = 1
+        tar.addfile(member, io.BytesIO(b"x"))
+    Handler.content = archive.getvalue()
+    monkeypatch.setattr(vqvae, "CIFAR10_MD5", hashlib.md5(Handler.content).hexdigest())
+    with pytest.raises(UserError, match="cannot unpack"):
+        vqvae.test_images(Config(data_dir=str(tmp_path / "data"), cifar10_url=f"{server}/good"))
+    assert not (tmp_path / "escaped").exists()

@@ -1,0 +1,67 @@
+"""Shapes, signs and the public interface of the autoencoder."""
+
+import pytest
+import torch
+
+import vqvae
+from vqvae import BAQuantizer, Config, VQVAE
+
+
+@pytest.mark.parametrize("size, downsample", [(32, 4), (128, 8), (16, 2), (64, 16), (20, 4)])
+def test_latent_and_image_shapes(size, downsample):
+    model = VQVAE(BAQuantizer(16, 5), hidden_dim=8, latent_dim=5, downsample=downsample)
+    x = torch.rand(2, 3, size, size)
+    out = model(x)
+    side = size // downsample
+    assert out.images.shape == x.shape and out.indices.shape == (2, side, side) and out.loss.shape == ()
+
+
+def test_default_network_is_the_documented_one():
+    config = Config()
+    model = vqvae.make_model(config)
+    assert (config.hidden_dim, config.latent_dim, config.codebook_size) == (128, 256, 512)
+    assert model.latents(torch.rand(1, 3, 32, 32)).shape == (1, 256, 8, 8)
+
+
+def test_latents_have_both_signs():
+    z = VQVAE(BAQuantizer(16, 32), 16, 32).latents(torch.rand(4, 3, 32, 32))
+    assert 0.2 < (z > 0).float().mean() < 0.8
+    assert z.min() < 0 < z.max()
+
+
+def test_encode_decode_equals_forward_in_eval_mode():
+    model = VQVAE(BAQuantizer(16, 4), 8, 4)
+    x = torch.rand(2, 3, 32, 32)
+    model.train()(x)
+    model.eval()
+    out = model(x)
+    indices = model.encode(x)
+    assert torch.equal(indices, out.indices)
+    assert torch.allclose(model.decode(indices), out.images.clamp(0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 30, 32), (2, 1, 32, 32), (3, 32, 32)])
+def test_wrong_images_are_refused(shape):
+    with pytest.raises(ValueError, match="expected images"):
+        VQVAE(BAQuantizer(16, 4), 8, 4)(torch.rand(shape))
+
+
+def test_gradients_reach_the_encoder_through_the_quantizer():
+    model = VQVAE(BAQuantizer(16, 4, commitment_weight=0.0), 8, 4).train()
+    model(torch.rand(2, 3, 32, 32)).images.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.encoder.parameters())
+
+
+def test_any_module_with_the_triple_is_a_quantizer():
+    class Rounding(torch.nn.Module):
+        def forward(self, z):
+            return z + (z.round() - z).detach(), z[:, 0].round().long(), z.sum() * 0
+
+    out = VQVAE(Rounding(), 8, 4)(torch.rand(2, 3, 32, 32))
+    assert out.images.shape == (2, 3, 32, 32)
+
+
+def test_weights_come_from_the_seed():
+    one, two, other = (vqvae.make_model(Config(hidden_dim=8, latent_dim=4, seed=s)) for s in (1, 1, 2))
+    assert torch.equal(one.encoder[1].weight, two.encoder[1].weight)
+    assert not torch.equal(one.encoder[1].weight, other.encoder[1].weight)

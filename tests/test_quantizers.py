@@ -1,0 +1,303 @@
+"""The quantizers against dense and independent references, and their promises to users who lift them."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vqvae
+from vqvae import BAQuantizer, VQEMAQuantizer, blahut_arimoto, nearest_code, prior_step, soft_assign
+
+
+def dense_assignment(z, codebook, log_w, temperature):
+    """The E-step written out with the N x K matrix."""
+    distances = (z[:, None] - codebook[None]).square().sum(2)
+    P = torch.softmax(log_w - distances / temperature, 1)
+    stats = torch.cat([P.T @ z, P.sum(0)[:, None]], 1)
+    return distances.argmin(1), stats, distances.min(1).values.sum()
+
+
+def both(**settings):
+    return [VQEMAQuantizer(8, 4, **settings), VQEMAQuantizer(8, 4, recipe="classical", **settings),
+            BAQuantizer(8, 4, **settings), BAQuantizer(8, 4, entropy_weight=3.0, **settings)]
+
+
+@pytest.mark.parametrize("chunk", [1, 7 * 9, 1 << 20])
+def test_chunked_e_step_equals_the_dense_one(monkeypatch, chunk):
+    monkeypatch.setitem(vqvae.CHUNK_ELEMENTS, "cpu", chunk)
+    z, codebook, log_w = torch.randn(50, 3), torch.randn(7, 3), torch.randn(7)
+    got = soft_assign(z, codebook, log_w, torch.tensor(0.5))
+    indices, stats, distortion = dense_assignment(z.double(), codebook.double(), log_w.double(), 0.5)
+    assert torch.equal(got.indices, indices)
+    assert torch.allclose(got.stats.double(), stats, atol=1e-4)
+    assert torch.allclose(got.distortion.double(), distortion, rtol=1e-5)
+    assert torch.equal(nearest_code(z, codebook), indices)
+
+
+def test_no_matrix_larger_than_a_chunk(monkeypatch):
+    monkeypatch.setitem(vqvae.CHUNK_ELEMENTS, "cpu", 600)
+    largest = 0
+    softmax = torch.softmax
+
+    def watched(x, dim):
+        nonlocal largest
+        largest = max(largest, x.numel())
+        return softmax(x, dim)
+
+    monkeypatch.setattr(torch, "softmax", watched)
+    soft_assign(torch.randn(1000, 2), torch.randn(50, 2), torch.zeros(50), torch.tensor(1.0))
+    assert 0 < largest <= 600
+
+
+def test_lambda_zero_is_blahut_arimoto():
+    z, codebook, temperature = torch.randn(200, 3), torch.randn(6, 3), 2.0
+    distances = (z[:, None] - codebook[None]).square().sum(2)
+    reference = blahut_arimoto(distances.double(), 1 / temperature, tolerance=1e-7)
+    log_w = torch.zeros(6)
+    for _ in range(5000):
+        counts = soft_assign(z, codebook, log_w, torch.tensor(temperature)).stats[:, -1]
+        log_w = prior_step(log_w, counts / 200, 0.0, 1.0)
+    assert torch.allclose((counts / 200).double(), reference.q, atol=2e-3)
+    assert reference.q.min() < 0.01 < reference.q.max()  # the support shrinks: this is not the uniform start
+
+
+def test_lambda_infinity_makes_the_marginal_uniform():
+    z, codebook = torch.randn(500, 2), torch.randn(9, 2) + 1
+    log_w = torch.zeros(9)
+    start = soft_assign(z, codebook, log_w, torch.tensor(0.5)).stats[:, -1] / 500
+    for _ in range(500):
+        q = soft_assign(z, codebook, log_w, torch.tensor(0.5)).stats[:, -1] / 500
+        log_w = prior_step(log_w, q, math.inf, 0.5)
+    assert (start - 1 / 9).abs().max() > 0.05
+    assert torch.allclose(q, torch.full((9,), 1 / 9), atol=1e-5)
+
+
+@pytest.mark.parametrize("entropy_weight", [0.5, 1.0, 3.0, 30.0])
+def test_finite_lambda_settles_where_the_theory_says(entropy_weight):
+    z, codebook = torch.randn(500, 2), torch.randn(9, 2)
+    log_w = torch.zeros(9)
+    for _ in range(3000):
+        q = soft_assign(z, codebook, log_w, torch.tensor(1.0)).stats[:, -1] / 500
+        log_w = prior_step(log_w, q, entropy_weight, 0.5)
+    assert torch.allclose(log_w, (1 - entropy_weight) * (9 * q).log(), atol=1e-2)
+
+
+def test_vq_ema_update_equals_an_independent_reference():
+    decay, epsilon = 0.7, 1e-5
+    quantizer = VQEMAQuantizer(5, 3, ema_decay=decay, restart_threshold=0.0).train()
+    quantizer(torch.randn(40, 3))
+    codes, sums, counts = (t.clone().double() for t in
+                           (quantizer.codebook, quantizer.ema[:, :-1], quantizer.ema[:, -1]))
+    for _ in range(4):
+        z = torch.randn(40, 3)
+        quantizer(z)
+        z = z.double()
+        nearest = torch.cdist(z, codes).argmin(1)
+        for k in range(5):
+            counts[k] = decay * counts[k] + (1 - decay) * (nearest == k).sum()
+            sums[k] = decay * sums[k] + (1 - decay) * z[nearest == k].sum(0)
+        smoothed = (counts + epsilon) / (counts.sum() + 5 * epsilon) * counts.sum()
+        codes = sums / smoothed[:, None]
+    assert torch.allclose(quantizer.codebook.double(), codes, atol=1e-5)
+
+
+def test_ba_update_equals_an_independent_reference():
+    decay = 0.7
+    quantizer = BAQuantizer(5, 3, ema_decay=decay, entropy_weight=4.0, temperature_start=0.3).train()
+    quantizer(torch.randn(40, 3))
+    codes, ema, log_w = (t.clone().double() for t in (quantizer.codebook, quantizer.ema, quantizer.log_w))
+    distortion = quantizer.distortion.double()
+    for _ in range(4):
+        z = torch.randn(40, 3)
+        quantizer(z)
+        _, stats, nearest = dense_assignment(z.double(), codes, log_w, 0.3 * distortion)
+        ema = decay * ema + (1 - decay) * stats
+        q = ema[:, -1] / ema[:, -1].sum()
+        log_w = log_w + (1 - decay) / 4 * (-3 * (5 * q).log() - log_w)
+        distortion = decay * distortion + (1 - decay) * nearest / 40
+        codes = ema[:, :-1] / ema[:, -1:]
+    assert torch.allclose(quantizer.codebook.double(), codes, atol=1e-4)
+    assert torch.allclose(quantizer.log_w.double(), log_w, atol=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["euclid", "cosine"])
+def test_straight_through_gradients(metric):
+    for quantizer in both(metric=metric):
+        z = torch.randn(2, 4, 3, 3, requires_grad=True)
+        z_q, indices, loss = quantizer.train()(z)
+        weight = torch.randn_like(z)
+        straight, = torch.autograd.grad((z_q * weight).sum(), z, retain_graph=True)
+        unit = F.normalize(z, dim=1) if metric == "cosine" else z
+        expected, = torch.autograd.grad((unit * weight).sum(), z, retain_graph=True)
+        assert torch.allclose(straight, expected, atol=1e-6)  # as if the quantizer were the identity
+        commitment, = torch.autograd.grad(loss, z)
+        assert commitment.abs().sum() > 0
+        assert not any(buffer.requires_grad for buffer in quantizer.buffers())
+        assert not list(quantizer.parameters())
+
+
+def test_commitment_loss_value():
+    quantizer = BAQuantizer(8, 4, commitment_weight=0.5).train()
+    z = torch.randn(20, 4)
+    quantizer(z)
+    z_q, _, loss = quantizer.eval()(z)
+    assert torch.allclose(loss, 0.5 * (z - z_q).square().mean())
+
+
+def test_shapes_and_lookup():
+    for quantizer in both():
+        quantizer.train()(torch.randn(10, 4))
+        quantizer.eval()
+        out = quantizer(torch.randn(2, 4, 3, 5))
+        assert out.z_q.shape == (2, 4, 3, 5) and out.indices.shape == (2, 3, 5) and out.loss.shape == ()
+        assert torch.equal(quantizer.codes(out.indices).permute(0, 3, 1, 2), out.z_q)
+        rows = quantizer(torch.randn(6, 4))
+        assert rows.z_q.shape == (6, 4) and rows.indices.shape == (6,)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (4,), (2, 3, 4, 4), (2, 4, 3)])
+def test_wrong_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match="expected"):
+        BAQuantizer(8, 4).train()(torch.randn(shape))
+
+
+def test_eval_changes_no_state():
+    for quantizer in both():
+        quantizer.train()(torch.randn(30, 4))
+        before = copy.deepcopy(quantizer.state_dict())
+        quantizer.eval()(torch.randn(30, 4))
+        after = quantizer.state_dict()
+        assert all(before[k] == after[k] if k == "_extra_state" else torch.equal(before[k], after[k]) for k in before)
+
+
+def test_state_dict_round_trip_continues_the_same():
+    for make in (lambda: VQEMAQuantizer(8, 4), lambda: BAQuantizer(8, 4)):
+        one, two = make().train(), make().train()
+        one(torch.randn(30, 4))
+        two.load_state_dict(one.state_dict())
+        z = torch.randn(30, 4)
+        for quantizer in (one, two):
+            torch.manual_seed(5)
+            quantizer(z)
+        assert torch.equal(one.codebook, two.codebook)
+
+
+def test_classical_recipe_starts_small_and_tuned_at_the_data():
+    z = torch.randn(500, 4) + 10
+    classical, tuned = VQEMAQuantizer(8, 4, recipe="classical"), VQEMAQuantizer(8, 4)
+    classical.initialize(z)
+    tuned.initialize(z)
+    assert classical.codebook.abs().max() <= 1 / 8
+    assert torch.cdist(tuned.codebook, z).min(1).values.max() < 0.5
+
+
+def test_tuned_recipe_restarts_dead_codes_with_their_ema_state():
+    quantizer = VQEMAQuantizer(4, 2, ema_decay=0.5, restart_threshold=0.1).train()
+    z = torch.randn(100, 2)
+    quantizer(z)
+    quantizer.codebook[0] = 1e4  # far from everything
+    quantizer.ema[0] = torch.tensor([0.0, 0.0, 1e-3])
+    quantizer(z)
+    assert torch.cdist(quantizer.codebook[:1], z).min() < 1e-2
+    assert quantizer.ema[0, -1] == pytest.approx(quantizer.ema[:, -1].mean().item(), rel=0.5)
+
+
+@pytest.mark.parametrize("k", [10, 300])
+def test_initial_codes_are_all_different(k):
+    # Duplicated data rows, and more codes than rows.
+    z = torch.randn(50, 4).repeat(2, 1)
+    for quantizer in (VQEMAQuantizer(k, 4), BAQuantizer(k, 4)):
+        quantizer.initialize(z)
+        assert len(quantizer.codebook.unique(dim=0)) == k
+
+
+def test_copies_of_a_row_split_into_used_codes():
+    # 256 codes from a first batch of 64 vectors: at most 64 distinct rows, nearly all codes end in use.
+    quantizer = BAQuantizer(256, 2, temperature_start=0.2, temperature_end=0.2).train()
+    for _ in range(300):
+        quantizer(torch.randn(64, 2))
+    used = quantizer.eval()(torch.randn(20_000, 2)).indices.unique()
+    assert len(used) >= 253
+
+
+def test_temperature_schedule_is_geometric_then_held():
+    quantizer = BAQuantizer(8, 4, temperature_start=0.2, temperature_end=0.002, anneal_fraction=0.5)
+    seen = []
+    for progress in (0.0, 0.25, 0.5, 0.9):
+        quantizer.set_progress(progress)
+        seen.append(quantizer.temperature.item())
+    assert seen == pytest.approx([0.2, 0.02, 0.002, 0.002])
+
+
+def test_ba_iters_moves_the_prior_further():
+    z = torch.randn(200, 4)
+    moved = []
+    for iters in (1, 5):
+        torch.manual_seed(0)
+        quantizer = BAQuantizer(8, 4, ba_iters=iters).train()
+        quantizer(z)
+        moved.append(quantizer.log_w.abs().max())
+    assert moved[1] > 2 * moved[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_input_keeps_float32_state(dtype):
+    for quantizer in both():
+        z = torch.randn(30, 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = quantizer.train()(z.to(dtype))
+        assert out.z_q.dtype == dtype and out.loss.dtype == torch.float32
+        assert all(b.dtype == torch.float32 for b in quantizer.buffers())
+
+
+@pytest.mark.parametrize("metric", ["euclid", "cosine"])
+@pytest.mark.parametrize("name, z", [
+    ("constant", torch.ones(40, 4)), ("zero", torch.zeros(40, 4)), ("tiny", 1e-6 * torch.randn(40, 4)),
+    ("huge", 1e6 * torch.randn(40, 4)), ("one row", torch.randn(1, 4)), ("far", 1e3 + torch.randn(40, 4))])
+def test_quantizers_survive(metric, name, z):
+    for k in (1, 8, 100):
+        for quantizer in (VQEMAQuantizer(k, 4, metric), VQEMAQuantizer(k, 4, metric, recipe="classical"),
+                          *(BAQuantizer(k, 4, metric, entropy_weight=w, temperature_start=t)
+                            for w in (0.0, 1.0, 10.0, math.inf) for t in (1e-6, 0.1, 1e6))):
+            for _ in range(5):
+                out = quantizer.train()(z)
+            assert all(torch.isfinite(b).all() for b in quantizer.buffers()), quantizer
+            assert torch.isfinite(out.z_q).all() and torch.isfinite(out.loss)
+
+
+def test_codes_recover_after_a_constant_first_batch():
+    quantizer = BAQuantizer(16, 3).train()
+    quantizer(torch.ones(64, 3))
+    for _ in range(400):
+        quantizer(torch.randn(64, 3))
+    assert len(quantizer.eval()(torch.randn(5000, 3)).indices.unique()) == 16
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), scale=st.sampled_from([2.0 ** -10, 0.5, 2.0 ** 10]))
+def test_relative_temperature_is_scale_equivariant(seed, scale):
+    codebooks = []
+    for factor in (1.0, scale):
+        torch.manual_seed(seed)
+        quantizer = BAQuantizer(6, 3).train()
+        for _ in range(4):
+            quantizer(factor * torch.randn(30, 3))
+        codebooks.append(quantizer.codebook / factor)
+    assert torch.allclose(*codebooks, atol=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_permuting_the_codes_permutes_everything(seed):
+    torch.manual_seed(seed)
+    z, codebook, log_w = torch.randn(30, 3), torch.randn(6, 3), torch.randn(6)
+    order = torch.randperm(6)
+    one = soft_assign(z, codebook, log_w, torch.tensor(0.7))
+    two = soft_assign(z, codebook[order], log_w[order], torch.tensor(0.7))
+    assert torch.equal(order[two.indices], one.indices)
+    assert torch.allclose(two.stats, one.stats[order], atol=1e-5)
+    assert one.stats[:, -1].sum().item() == pytest.approx(30, rel=1e-5)

@@ -1,0 +1,225 @@
+"""The training loop: artefacts, learning, resuming bit for bit, refusing what would lose work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import yaml
+
+import vqvae
+from conftest import ROOT
+
+
+def final_state(folder):
+    return torch.load(folder / "final_model.pt", weights_only=True)["model"]
+
+
+def same_weights(one, two):
+    return all(torch.equal(one[k], two[k]) if torch.is_tensor(one[k]) else one[k] == two[k] for k in one)
+
+
+def test_a_run_leaves_every_artefact(tiny_config, capsys):
+    config = tiny_config()
+    metrics = vqvae.train(config)
+    folder = vqvae.Path(config.out_dir) / "tiny"
+    names = {path.name for path in folder.iterdir()}
+    assert {"final_model.pt", "final_metrics.json", "metrics.jsonl", "timing.jsonl", "config.yaml",
+            "reconstructions.png", "codebook_usage.png", "checkpoint_epoch_0002.pt"} <= names
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert json.loads((folder / "final_metrics.json").read_text()) == metrics
+    assert {"psnr", "psnr_per_image", "psnr_y", "ssim", "perplexity", "usage_rate", "usage_rate_train",
+            "bits_per_index", "recon_loss", "mse", "commitment_loss", "quantization_error"} <= set(metrics)
+    assert 1 <= metrics["perplexity"] <= 16 and metrics["num_indices"] == 40 * 16
+    assert metrics["config"]["quantizer"] == "ba_vq" and metrics["seed"] == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert vqvae.Config.from_dict(yaml.safe_load((folder / "config.yaml").read_text())) == config
+    for picture in ("reconstructions.png", "codebook_usage.png"):
+        with vqvae.Image.open(folder / picture) as image:
+            assert min(image.size) > 60
+    printed = capsys.readouterr().out
+    assert "epoch 2/2" in printed and "img/s" in printed and "device: cpu" in printed
+
+
+def test_final_model_loads_alone(tiny_config):
+    config = tiny_config()
+    metrics = vqvae.train(config)
+    model, loaded = vqvae.load_model(vqvae.Path(config.out_dir) / "tiny" / "final_model.pt")
+    assert loaded == config
+    again = vqvae.evaluate(model, vqvae.test_images(loaded), 16)
+    assert again == {key: metrics[key] for key in again}
+
+
+def test_training_learns(tiny_config):
+    for quantizer in ("vq_ema", "ba_vq"):
+        config = tiny_config(quantizer=quantizer, name=quantizer, epochs=20, train_subset=100, hidden_dim=16)
+        vqvae.train(config)
+        lines = [json.loads(line) for line in
+                 (vqvae.Path(config.out_dir) / quantizer / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["val_psnr"] > lines[0]["val_psnr"] + 1
+
+
+@pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(tiny_config, quantizer, monkeypatch):
+    whole, parts = tiny_config(quantizer=quantizer, name="whole", epochs=3), tiny_config(
+        quantizer=quantizer, name="parts", epochs=3)
+    vqvae.train(whole)
+    real_step, calls = vqvae.train_step, [0]
+
+    def interrupted_step(*arguments):
+        calls[0] += 1
+        if calls[0] in (3, 8, 12):  # in the middle of epochs 1, 2 and 2 again
+            os.kill(os.getpid(), signal.SIGTERM if calls[0] == 8 else signal.SIGINT)
+        return real_step(*arguments)
+
+    monkeypatch.setattr(vqvae, "train_step", interrupted_step)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        with pytest.raises(vqvae.Interrupted) as stop:
+            vqvae.train(parts)
+        assert stop.value.signum == signum
+    vqvae.train(parts)
+    one, two = (vqvae.Path(whole.out_dir) / name for name in ("whole", "parts"))
+    assert same_weights(final_state(one), final_state(two))
+    assert (one / "metrics.jsonl").read_text() == (two / "metrics.jsonl").read_text()
+    first, second = (json.loads((f / "final_metrics.json").read_text()) for f in (one, two))
+    first["config"].pop("name"), second["config"].pop("name")
+    assert first == second
+
+
+def test_kill_9_loses_nothing(tiny, tmp_path):
+    flags = [word for key, value in tiny(epochs=4, name="killed").items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--no_wandb"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folder = tmp_path / "experiments" / "killed"
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.time() + 120
+        while not (folder / "checkpoint_epoch_0001.pt").exists() and time.time() < deadline:
+            time.sleep(0.01)
+        process.kill()
+    assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    whole = [word if word != "killed" else "whole" for word in command]
+    assert subprocess.run(whole, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    assert same_weights(final_state(folder), final_state(tmp_path / "experiments" / "whole"))
+    assert (folder / "metrics.jsonl").read_text() == (folder.parent / "whole" / "metrics.jsonl").read_text()
+
+
+def test_a_finished_run_is_not_repeated(tiny_config, capsys):
+    first = vqvae.train(tiny_config())
+    before = (vqvae.Path(tiny_config().out_dir) / "tiny" / "final_model.pt").stat().st_mtime_ns
+    assert vqvae.train(tiny_config()) == first
+    assert "already finished" in capsys.readouterr().out
+    assert (vqvae.Path(tiny_config().out_dir) / "tiny" / "final_model.pt").stat().st_mtime_ns == before
+
+
+def test_another_config_is_refused_with_the_difference(tiny_config):
+    vqvae.train(tiny_config())
+    with pytest.raises(vqvae.UserError, match=r"lr 0\.002 -> 0\.01.*--overwrite"):
+        vqvae.train(tiny_config(lr=0.01))
+    assert vqvae.train(tiny_config(lr=0.01, overwrite=True))["config"]["lr"] == 0.01
+
+
+def test_overwrite_never_clears_a_foreign_folder(tiny_config, tmp_path):
+    precious = tmp_path / "experiments" / "tiny" / "thesis.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years of work")
+    with pytest.raises(vqvae.UserError, match="not a run"):
+        vqvae.train(tiny_config(overwrite=True))
+    assert precious.read_text() == "years of work"
+
+
+def test_two_runs_of_one_name_at_once(tiny_config):
+    config = tiny_config()
+    with vqvae.locked(vqvae.Path(config.out_dir) / config.name):
+        with pytest.raises(vqvae.UserError, match="another process"):
+            vqvae.train(config)
+    vqvae.train(config)
+
+
+def test_resume_flag_needs_a_run(tiny_config):
+    with pytest.raises(vqvae.UserError, match="no run to resume"):
+        vqvae.train(tiny_config(resume=True))
+
+
+def test_not_a_number_stops_with_the_step(tiny_config, monkeypatch):
+    real_step, calls = vqvae.train_step, [0]
+
+    def poisoned(model, optimizer, x, dtype):
+        calls[0] += 1
+        return real_step(model, optimizer, x * float("nan") if calls[0] == 9 else x, dtype)
+
+    monkeypatch.setattr(vqvae, "train_step", poisoned)
+    with pytest.raises(vqvae.UserError, match=r"step 8: the reconstruction loss is not finite"):
+        vqvae.train(tiny_config())
+    folder = vqvae.Path(tiny_config().out_dir) / "tiny"
+    assert [path.name for path in vqvae.checkpoints(folder)] == ["checkpoint_epoch_0001.pt"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    target = tmp_path / "file.bin"
+    target.write_bytes(b"good")
+
+    def write(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(vqvae.UserError, match="No space left"):
+        vqvae.atomic_write(target, write)
+    assert target.read_bytes() == b"good" and list(tmp_path.iterdir()) == [target]
+
+
+def test_only_two_checkpoints_are_kept(tiny_config):
+    config = tiny_config(epochs=4)
+    vqvae.train(config)
+    names = [path.name for path in vqvae.checkpoints(vqvae.Path(config.out_dir) / "tiny")]
+    assert names == ["checkpoint_epoch_0003.pt", "checkpoint_epoch_0004.pt"]
+
+
+def test_training_from_a_thread_works(tiny_config):
+    result = []
+    thread = threading.Thread(target=lambda: result.append(vqvae.train(tiny_config())))
+    thread.start()
+    thread.join()
+    assert result[0]["num_images"] == 40
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    rates = [vqvae.learning_rate(step, 1000, 2.0) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == 2.0 and rates[20] == 2.0
+    assert rates[-1] < 1e-4 and sorted(rates[20:], reverse=True) == rates[20:]
+
+
+def test_epoch_order_depends_on_seed_and_epoch_only():
+    assert torch.equal(vqvae.epoch_order(50, 1, 2), vqvae.epoch_order(50, 1, 2))
+    assert not torch.equal(vqvae.epoch_order(50, 1, 2), vqvae.epoch_order(50, 1, 3))
+    assert sorted(vqvae.epoch_order(50, 1, 2).tolist()) == list(range(50))
+
+
+TWO_PROCESSES = """
+import json, sys, torch, vqvae
+torch.set_num_threads(1)
+metrics = vqvae.train(vqvae.Config(**json.loads(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
+def test_two_processes_equal_one(tiny, tmp_path, quantizer):
+    script = tmp_path / "run.py"
+    script.write_text(TWO_PROCESSES)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
+        settings = json.dumps(tiny(quantizer=quantizer, name=name, epochs=1))
+        subprocess.run([sys.executable, *launcher, str(script), settings], env=environment, check=True, timeout=300)
+    one, two = (final_state(tmp_path / "experiments" / name) for name in ("one", "two"))
+    for key in one:
+        if torch.is_tensor(one[key]):
+            assert torch.allclose(one[key], two[key], atol=2e-3), key
+    first, second = (json.loads((tmp_path / "experiments" / name / "metrics.jsonl").read_text().splitlines()[0])
+                     for name in ("one", "two"))
+    assert first["recon_loss"] == pytest.approx(second["recon_loss"], rel=1e-3)
+    assert first["train_perplexity"] == pytest.approx(second["train_perplexity"], rel=0.02)

