@@ -92,7 +92,7 @@ class Inception:
         return features.cpu(), probabilities.cpu()
 
 
-def find_inception(path=None, url=INCEPTION_URL):
+def find_inception(path=None):
     """Path of the Inception file: `path`, or the cache, or downloaded there once. Raises UserError."""
     if path is not None:
         if not Path(path).is_file():
@@ -102,7 +102,7 @@ def find_inception(path=None, url=INCEPTION_URL):
     for folder in (cache, Path("/tmp")):  # clean-fid itself keeps it in /tmp
         if (folder / INCEPTION_NAME).is_file():
             return folder / INCEPTION_NAME
-    vqvae.download([url], cache / INCEPTION_NAME)
+    vqvae.download([INCEPTION_URL], cache / INCEPTION_NAME)
     return cache / INCEPTION_NAME
 
 

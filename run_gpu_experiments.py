@@ -151,7 +151,7 @@ def main(argv=None):
         "runs": {record["name"]: record for record in records}, "differences": analysis.differences(records)})
     if records:
         print(analysis.table(records))
-        analysis.summary_picture(records, out_dir / "summary.png")
+        analysis.save_figure(analysis.size_picture(records), out_dir / "summary.png")
     failed = [name for name in runs if status[name] != "finished"]
     if failed:
         print(f"failed: {', '.join(failed)}; see {out_dir}/NAME.log, then run the same command again", file=sys.stderr)

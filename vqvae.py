@@ -29,7 +29,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import tarfile
 import threading
@@ -53,7 +52,7 @@ from PIL import Image
 from tqdm import tqdm
 
 FORMAT_VERSION = 1  # of checkpoints and final models
-RECON_WEIGHT = 4.0  # of the mean squared error of [0, 1] images against the commitment loss
+RECON_WEIGHT = 8.0  # of the mean squared error of [0, 1] images against the commitment loss
 
 
 class UserError(Exception):
@@ -82,8 +81,8 @@ def option(default, help, *, choices=None, low=None, high=None, above=None):
 class Config:
     """Every setting of a run, validated on construction. Raises UserError.
 
-    `train.py` makes one flag of each field; a YAML file uses the same names. `ema_decay=None`
-    is replaced by a number (see `default_ema_decay`), so a stored config is always explicit.
+    `train.py` makes one flag of each field; a YAML file uses the same names. Fields that are None
+    for "by recipe" are replaced by numbers here, so a stored config is always explicit.
     """
 
     # data
@@ -116,9 +115,11 @@ class Config:
     anneal_fraction: float = option(0.5, "ba_vq: fraction of training over which the temperature falls", low=0, high=1)
     ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
     # training
+    warmup_fraction: Optional[float] = option(None, "fraction of training before the quantizer joins in "
+                                              "(default 0.1; vq_ema classical 0)", low=0, high=0.9)
     epochs: int = option(30, "passes over the training set", low=1)
     batch_size: int = option(128, "images per step, over all processes", low=1)
-    lr: float = option(2e-3, "peak learning rate of AdamW (warm-up, then cosine decay to 0)", above=0, high=1)
+    lr: float = option(3e-3, "peak learning rate of AdamW (warm-up, then cosine decay to 0)", above=0, high=1)
     seed: int = option(0, "seed of weights, data order and restarts", low=0, high=(1 << 31) - 1)
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
     precision: str = option("auto", "of the networks; quantizer and evaluation are float32",
@@ -144,6 +145,9 @@ class Config:
             raise UserError(f"image_size: {self.image_size} is not divisible by downsample {self.downsample}")
         if self.ema_decay is None:
             object.__setattr__(self, "ema_decay", default_ema_decay(self))
+        if self.warmup_fraction is None:
+            classical = self.quantizer == "vq_ema" and self.vq_recipe == "classical"
+            object.__setattr__(self, "warmup_fraction", 0.0 if classical else 0.1)
 
     @classmethod
     def from_dict(cls, values):
@@ -376,7 +380,7 @@ def blahut_arimoto(distances, beta, source=None, prior=None, tolerance=1e-9, max
 # ----------------------------------------------------------------------------------------
 # Quantizers
 
-CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25, "mps": 1 << 23}  # of the N x K score matrix alive at once
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25, "mps": 1 << 23}  # of the N x K score matrix alive at once
 
 
 def _chunks(z, codes):
@@ -705,8 +709,12 @@ class VQVAE(nn.Module):
         """Codes (B, D, H, W) -> images (B, 3, S, S), not clamped."""
         return (self.decoder(z_q) + 1) / 2
 
-    def forward(self, x):
-        z_q, indices, loss = self.quantizer(self.latents(x))
+    def forward(self, x, quantize=True):
+        """Images -> Reconstruction; with quantize=False the plain autoencoder (indices and loss are None)."""
+        z = self.latents(x)
+        if not quantize:
+            return Reconstruction(self.reconstruct(z), None, None)
+        z_q, indices, loss = self.quantizer(z)
         return Reconstruction(self.reconstruct(z_q), indices, loss)
 
     def encode(self, x):
@@ -737,22 +745,25 @@ DEAD_LEAVES_SIZES = {True: 10000 + 5000, False: 2000}  # training (with validati
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 
 
-def download(urls, path, digest, algorithm="md5"):
-    """Fetch the first of `urls` that answers with the right checksum to `path`, atomically. Raises UserError."""
+def download(urls, path, md5=None):
+    """Fetch the first of `urls` that gives the whole file to `path`, atomically. Raises UserError.
+
+    md5: the expected checksum, or None where none is published (the length is still checked).
+    """
     path, failures = Path(path), []
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for url in urls:
             try:
-                got = _fetch(url, part, algorithm)
-            except (OSError, ValueError, urllib.error.URLError, socket.timeout) as error:
+                got = _fetch(url, part)
+            except (TimeoutError, OSError, ValueError, urllib.error.URLError) as error:
                 failures.append(f"{url}: {error}")
                 continue
-            if got == digest:
+            if md5 in (None, got):
                 os.replace(part, path)
                 return
-            failures.append(f"{url}: wrong {algorithm} {got}, expected {digest}")
+            failures.append(f"{url}: wrong md5 {got}, expected {md5}")
     except OSError as error:
         raise UserError(f"{path.parent}: cannot write the download here: {error.strerror}") from error
     finally:
@@ -760,19 +771,22 @@ def download(urls, path, digest, algorithm="md5"):
     raise UserError(f"could not download {path.name} ({'; '.join(failures)}); put the file there by hand: {path}")
 
 
-def _fetch(url, part, algorithm):
-    """Stream one URL to a file with a progress bar; the hex digest of what came."""
+def _fetch(url, part):
+    """Stream one URL to a file with a progress bar; its md5."""
     parsed = urllib.parse.urlparse(url)
     if parsed.scheme != "https" and parsed.hostname not in ("127.0.0.1", "localhost"):
         raise ValueError("only https is allowed")
-    digest = hashlib.new(algorithm)
+    digest, received = hashlib.md5(), 0
     with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, open(part, "wb") as file:
         total = int(response.headers.get("Content-Length") or 0) or None
-        with tqdm(total=total, unit="B", unit_scale=True, desc=part.name[1:].split(".")[0], disable=None) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="downloading", disable=None) as bar:
             while block := response.read(1 << 18):
                 file.write(block)
                 digest.update(block)
+                received += len(block)
                 bar.update(len(block))
+    if total not in (None, received):
+        raise ValueError(f"the connection ended after {received} of {total} bytes")
     return digest.hexdigest()
 
 
@@ -811,7 +825,7 @@ def dead_leaves(count, size, seed):
     Returns uint8 (count, size, size, 3), the same for the same arguments. Disc radii have density
     r^-3 from 1 to `size`; discs are drawn as they would hit the image window.
     """
-    discs, block = 150, 250
+    discs, block = 100, 100
     generator = torch.Generator().manual_seed(seed)
     radii = torch.linspace(1, size, 4096)
     weights = radii ** -3 * (size + 2 * radii) ** 2  # chance that a disc of radius r touches the window
@@ -820,15 +834,15 @@ def dead_leaves(count, size, seed):
     for start in range(0, count, block):
         n = min(block, count - start)
         r = radii[torch.multinomial(weights, n * discs, replacement=True, generator=generator)].view(discs, n, 1, 1)
-        x, y = ((size + 2 * r) * torch.rand(2, discs, n, 1, 1, generator=generator) - r)
+        x, y = (size + 2 * r) * torch.rand(2, discs, n, 1, 1, generator=generator) - r  # centres
+        columns, rows = (grid - x).square() - r.square(), -(grid[:, None] - y).square()  # (discs, n, 1, S), (.., S, 1)
         light = torch.rand(discs + 1, n, 1, generator=generator)
         color = light + 0.15 * torch.randn(discs + 1, n, 3, generator=generator)  # (discs + 1, n, 3)
-        top = torch.full((n, size, size), discs)  # the front-most disc at each pixel; the last is the background
+        top = torch.full((n, size, size), discs, dtype=torch.int32)  # front-most disc; the last is the background
         for i in range(discs - 1, -1, -1):
-            inside = (grid - x[i]).square() + (grid[:, None] - y[i]).square() < r[i].square()  # (n, S, S)
-            top.masked_fill_(inside, i)
-        picture = color[top, torch.arange(n)[:, None, None]]  # (n, S, S, 3)
-        images.append((picture.clamp(0, 1) * 255).round().byte())
+            top.masked_fill_(columns[i] < rows[i], i)
+        color = (color.clamp(0, 1) * 255).round().byte()
+        images.append(color[top.long(), torch.arange(n)[:, None, None]])  # (n, S, S, 3)
     return torch.cat(images)
 
 
@@ -1057,6 +1071,10 @@ def read_checkpoint(path):
     if state["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path}: format version {state['format_version']}, this code reads {FORMAT_VERSION}; "
                         "use the version of vqvae.py that wrote it")
+    try:
+        Config.from_dict(state["config"])
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: its config is not valid here ({error})") from error
     return state
 
 
@@ -1124,7 +1142,7 @@ def locked(folder):
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
+        file = open(folder / ".lock", "w")  # noqa: SIM115 (closed by the `with` below)
     except OSError as error:
         raise UserError(f"{folder}: cannot write here ({error.strerror}); choose another --out_dir") from error
     with file:
@@ -1155,7 +1173,7 @@ def save_checkpoint(folder, position, model, optimizer, config, step, losses, hi
     losses, histogram = all_reduce(losses.clone()) / world_size(), all_reduce(histogram.clone())
     if rank() != 0:
         return
-    name = "checkpoint_epoch_{:04d}".format(position[0]) + ("_step_{:07d}".format(position[1]) if position[1] else "")
+    name = f"checkpoint_epoch_{position[0]:04d}" + (f"_step_{position[1]:07d}" if position[1] else "")
     state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(),
              "optimizer": optimizer.state_dict(), "step": step, "losses": losses, "histogram": histogram}
     atomic_write(folder / f"{name}.pt", lambda file: torch.save(state, file))
@@ -1213,11 +1231,12 @@ def epoch_order(count, seed, epoch):
     return torch.randperm(count, generator=generator)
 
 
-def train_step(model, optimizer, x, dtype):
-    """One optimizer step on images x (B, 3, S, S). Returns ((2,) reconstruction and quantizer loss, indices)."""
+def train_step(model, optimizer, x, dtype, quantize=True):
+    """One optimizer step on images x (B, 3, S, S). Returns ((2,) reconstruction and quantizer loss, indices or None)."""
     with _autocast(x.device, dtype):
-        y, indices, quantizer_loss = model(x)
+        y, indices, quantizer_loss = model(x, quantize)
     recon_loss = F.mse_loss(y.float(), x)
+    quantizer_loss = torch.zeros_like(recon_loss) if quantizer_loss is None else quantizer_loss
     (RECON_WEIGHT * recon_loss + quantizer_loss).backward()
     if dist.is_initialized():
         average_gradients(model)
@@ -1325,13 +1344,15 @@ def train(config, quantizer=None):
         return json.loads(done.read_text())
     say(f"device: {device} ({device_reason}); networks in {str(dtype)[6:]} ({dtype_reason})")
 
-    on_first_process(_read_images, config, False)  # one process downloads
+    if dist.is_initialized():
+        on_first_process(_read_images, config, False)  # only one process downloads
     train_set, val_set = training_images(config)
     test_set = test_images(config)
     train_set = train_set.to(device)
     batch_size = min(config.batch_size, len(train_set))
     steps_per_epoch = len(train_set) // batch_size
     total_steps = steps_per_epoch * config.epochs
+    warmup_steps = int(config.warmup_fraction * total_steps)
 
     model = make_model(config, quantizer).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
@@ -1356,11 +1377,12 @@ def train(config, quantizer=None):
                 torch.manual_seed(config.seed * 1_000_003 + step)  # restarts do not depend on where a run resumed
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, total_steps, config.lr)
-                set_progress(step / total_steps)
+                set_progress(max(0, step - warmup_steps) / (total_steps - warmup_steps))
                 batch = order[i * batch_size:(i + 1) * batch_size][local]
                 x = to_float(train_set[batch])  # (B, 3, S, S)
-                losses[i], indices = train_step(model, optimizer, x, dtype)
-                histogram.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))
+                losses[i], indices = train_step(model, optimizer, x, dtype, quantize=step >= warmup_steps)
+                if indices is not None:
+                    histogram.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))
                 step += 1
                 signum = signals.agreed(step)
                 if step % 100 == 0 or signum:
@@ -1431,11 +1453,17 @@ def append_json_line(path, values):
 
 
 def epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype):
-    """One line of metrics.jsonl: training losses and code use of the epoch, metrics of the validation split."""
+    """One line of metrics.jsonl: training losses and code use of the epoch, metrics of the validation split.
+
+    An epoch that is all warm-up has no codes yet, so it has losses only.
+    """
     recon_loss, quantizer_loss = (all_reduce(losses.mean(0)) / world_size()).tolist()
-    used = codebook_metrics(all_reduce(histogram.clone()))
     record = {"epoch": epoch + 1, "step": step, "seed": config.seed, "recon_loss": recon_loss,
-              "commitment_loss": quantizer_loss, **{f"train_{key}": value for key, value in used.items()}}
+              "commitment_loss": quantizer_loss}
+    used = all_reduce(histogram.clone())
+    if used.sum() == 0:
+        return record
+    record.update({f"train_{key}": value for key, value in codebook_metrics(used).items()})
     if len(val_set):
         metrics = evaluate(model, val_set, config.codebook_size, dtype=dtype)
         record.update({f"val_{key}": value for key, value in metrics.items()})
@@ -1446,9 +1474,11 @@ def report_epoch(config, folder, record, timing, wandb_run):
     """Print the epoch's line and append it to the logs."""
     split = "val" if "val_psnr" in record else "train"
     quality = record["val_psnr"] if split == "val" else psnr(record["recon_loss"]).item()
+    codes = "warm-up, no codes yet"
+    if f"{split}_perplexity" in record:
+        codes = f"perplexity {record[f'{split}_perplexity']:.1f}  usage {record[f'{split}_usage_rate']:.1%}"
     say(f"epoch {record['epoch']}/{config.epochs}  recon {record['recon_loss']:.5f}  "
-        f"commit {record['commitment_loss']:.5f}  {split} psnr {quality:.2f} dB  "
-        f"perplexity {record[f'{split}_perplexity']:.1f}  usage {record[f'{split}_usage_rate']:.1%}  "
+        f"commit {record['commitment_loss']:.5f}  {split} psnr {quality:.2f} dB  {codes}  "
         f"{timing['images_per_second']:.0f} img/s")
     append_json_line(folder / "metrics.jsonl", record)
     append_json_line(folder / "timing.jsonl", timing)

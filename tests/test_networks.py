@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vqvae
-from vqvae import BAQuantizer, Config, VQVAE
+from vqvae import VQVAE, BAQuantizer, Config
 
 
 @pytest.mark.parametrize("size, downsample", [(32, 4), (128, 8), (16, 2), (64, 16), (20, 4)])

@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 
 import vqvae
-from conftest import ROOT
 
 
 def final_state(folder):
@@ -58,7 +58,7 @@ def test_final_model_loads_alone(tiny_config):
 
 def test_training_learns(tiny_config):
     for quantizer in ("vq_ema", "ba_vq"):
-        config = tiny_config(quantizer=quantizer, name=quantizer, epochs=20, train_subset=100, hidden_dim=16)
+        config = tiny_config(quantizer=quantizer, name=quantizer, epochs=20, train_subset=100, hidden_dim=16, warmup_fraction=0.0)
         vqvae.train(config)
         lines = [json.loads(line) for line in
                  (vqvae.Path(config.out_dir) / quantizer / "metrics.jsonl").read_text().splitlines()]
@@ -72,11 +72,11 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tiny_config, quantizer, 
     vqvae.train(whole)
     real_step, calls = vqvae.train_step, [0]
 
-    def interrupted_step(*arguments):
+    def interrupted_step(*arguments, **options):
         calls[0] += 1
         if calls[0] in (3, 8, 12):  # in the middle of epochs 1, 2 and 2 again
             os.kill(os.getpid(), signal.SIGTERM if calls[0] == 8 else signal.SIGINT)
-        return real_step(*arguments)
+        return real_step(*arguments, **options)
 
     monkeypatch.setattr(vqvae, "train_step", interrupted_step)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
@@ -119,7 +119,7 @@ def test_a_finished_run_is_not_repeated(tiny_config, capsys):
 
 def test_another_config_is_refused_with_the_difference(tiny_config):
     vqvae.train(tiny_config())
-    with pytest.raises(vqvae.UserError, match=r"lr 0\.002 -> 0\.01.*--overwrite"):
+    with pytest.raises(vqvae.UserError, match=r"lr 0\.003 -> 0\.01.*--overwrite"):
         vqvae.train(tiny_config(lr=0.01))
     assert vqvae.train(tiny_config(lr=0.01, overwrite=True))["config"]["lr"] == 0.01
 
@@ -149,9 +149,9 @@ def test_resume_flag_needs_a_run(tiny_config):
 def test_not_a_number_stops_with_the_step(tiny_config, monkeypatch):
     real_step, calls = vqvae.train_step, [0]
 
-    def poisoned(model, optimizer, x, dtype):
+    def poisoned(model, optimizer, x, dtype, quantize):
         calls[0] += 1
-        return real_step(model, optimizer, x * float("nan") if calls[0] == 9 else x, dtype)
+        return real_step(model, optimizer, x * float("nan") if calls[0] == 9 else x, dtype, quantize)
 
     monkeypatch.setattr(vqvae, "train_step", poisoned)
     with pytest.raises(vqvae.UserError, match=r"step 8: the reconstruction loss is not finite"):
@@ -223,3 +223,18 @@ def test_two_processes_equal_one(tiny, tmp_path, quantizer):
                      for name in ("one", "two"))
     assert first["recon_loss"] == pytest.approx(second["recon_loss"], rel=1e-3)
     assert first["train_perplexity"] == pytest.approx(second["train_perplexity"], rel=0.02)
+
+
+def test_warm_up_trains_without_codes(tiny_config, capsys):
+    config = tiny_config(epochs=4, warmup_fraction=0.5)
+    vqvae.train(config)
+    folder = vqvae.Path(config.out_dir) / "tiny"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert ["train_perplexity" in line for line in lines] == [False, False, True, True]
+    assert [line["commitment_loss"] > 0 for line in lines] == [False, False, True, True]
+    assert capsys.readouterr().out.count("no codes yet") == 2
+
+
+def test_the_classical_recipe_has_no_warm_up():
+    assert vqvae.Config(quantizer="vq_ema", vq_recipe="classical").warmup_fraction == 0
+    assert vqvae.Config(quantizer="vq_ema").warmup_fraction == vqvae.Config().warmup_fraction > 0

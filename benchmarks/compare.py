@@ -1,0 +1,147 @@
+"""Train quantizers in the same autoencoder, loop, schedule, batch order and seeds; compare them.
+
+    python benchmarks/compare.py --methods vq_ema,ba_vq --codebook_sizes 512 --latent_dims 8,64 --seeds 0,1,2 --jobs 2 \
+        --epochs 2 --hidden_dim 64                      # further flags go to train.py
+    python benchmarks/compare.py --summary              # results/compare/*.json -> results/summary.md
+
+One JSON per run goes to results/compare/; runs that have one are skipped, so the command can be repeated
+after an interruption. The methods are the rows of METHODS (own quantizers) and of peers.PEERS.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import scipy.stats
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import train  # noqa: E402
+import vqvae  # noqa: E402
+
+METHODS = {
+    "vq_ema_classical": ["--quantizer", "vq_ema", "--vq_recipe", "classical"],
+    "vq_ema": ["--quantizer", "vq_ema"],
+    "vq_ema_decay0.8": ["--quantizer", "vq_ema", "--ema_decay", "0.8"],
+    "ba_vq": ["--quantizer", "ba_vq", "--entropy_weight", "inf"],
+    "ba_vq_lambda10": ["--quantizer", "ba_vq", "--entropy_weight", "10"],
+}
+RESULTS = ROOT / "results" / "compare"
+REFERENCE = "vq_ema"  # differences are taken to this method, seed by seed
+
+
+def run_name(method, size, dim, seed, config):
+    return f"{method}_k{size}_d{dim}_h{config.hidden_dim}_e{config.epochs}_s{seed}"
+
+
+def run(method, size, dim, seed, extra, threads):
+    """Train one cell of the grid and write its JSON; returns a line about it."""
+    torch.set_num_threads(threads)
+    flags = [*METHODS[method], "--codebook_size", str(size), "--latent_dim", str(dim), "--seed", str(seed), *extra]
+    config, _ = train.config_from(flags)
+    name = run_name(method, size, dim, seed, config)
+    target = RESULTS / f"{name}.json"
+    if target.exists():
+        return f"{name}: done before"
+    config = vqvae.dataclasses.replace(config, name=name)
+    metrics = vqvae.train(config)
+    timing = [json.loads(line) for line in (Path(config.out_dir) / name / "timing.jsonl").read_text().splitlines()]
+    command = f"python benchmarks/compare.py --methods {method} --codebook_sizes {size} --latent_dims {dim} --seeds {seed}"
+    vqvae.write_json(target, {"method": method, "command": " ".join([command, *extra]), "torch": torch.__version__,
+                              "seconds": sum(line["seconds"] for line in timing), **metrics})
+    return f"{name}: PSNR {metrics['psnr']:.3f} dB, perplexity {metrics['perplexity']:.1f}"
+
+
+def load_results():
+    """All result records, grouped: {(K, D, hidden, epochs): {method: {seed: record}}}."""
+    groups = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text())
+        c = record["config"]
+        key = (c["codebook_size"], c["latent_dim"], c["hidden_dim"], c["epochs"])
+        groups.setdefault(key, {}).setdefault(record["method"], {})[record["seed"]] = record
+    return groups
+
+
+def spread(values, form):
+    """mean +- standard deviation of a few values, as text."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return form.format(mean)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return f"{form.format(mean)} ± {form.format(deviation)}"
+
+
+def summary():
+    """Markdown of results/compare: per setting and method the mean and spread over seeds, differences and a test."""
+    lines = ["# Comparison of quantizers", "",
+             "Test set, hard indices, eval mode; mean ± standard deviation over seeds. ΔPSNR is the mean difference to",
+             f"`{REFERENCE}` (tuned) over paired seeds, p the two-sided paired t-test of it. Made by "
+             "`python benchmarks/compare.py --summary` from `results/compare/*.json`; each file holds its command.", ""]
+    for (size, dim, hidden, epochs), methods in sorted(load_results().items()):
+        any_record = next(iter(next(iter(methods.values())).values()))
+        lines += [f"## K={size}, D={dim}, hidden {hidden}, {epochs} epochs, {any_record['config']['dataset']}", "",
+                  "| method | seeds | PSNR dB | perplexity | perplexity/K | usage | ΔPSNR dB | p |",
+                  "|---|---|---|---|---|---|---|---|"]
+        for method, runs in sorted(methods.items(), key=lambda item: -max(r["psnr"] for r in item[1].values())):
+            records = list(runs.values())
+            paired = sorted(set(runs) & set(methods.get(REFERENCE, {})))
+            deltas = [runs[seed]["psnr"] - methods[REFERENCE][seed]["psnr"] for seed in paired]
+            test = scipy.stats.ttest_1samp(deltas, 0).pvalue if len(deltas) > 1 and method != REFERENCE else None
+            lines.append(" | ".join([
+                f"| {method}", str(len(records)), spread([r["psnr"] for r in records], "{:.2f}"),
+                spread([r["perplexity"] for r in records], "{:.1f}"),
+                f"{sum(r['perplexity'] for r in records) / len(records) / size:.1%}",
+                f"{sum(r['usage_rate'] for r in records) / len(records):.1%}",
+                spread(deltas, "{:+.3f}") if deltas and method != REFERENCE else "",
+                f"{test:.3f} |" if test is not None else " |"]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def parse(argv):
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    names = ", ".join(METHODS)
+    parser.add_argument("--methods", default="vq_ema,ba_vq", metavar="A,B", help=f"of {names}")
+    parser.add_argument("--codebook_sizes", default="512", metavar="K,K", help="default 512")
+    parser.add_argument("--latent_dims", default="8", metavar="D,D", help="default 8")
+    parser.add_argument("--seeds", default="0,1,2", metavar="S,S", help="default 0,1,2")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default 1)")
+    parser.add_argument("--summary", action="store_true", help="only write results/summary.md")
+    options, extra = parser.parse_known_args(argv)
+    try:
+        grid = [options.methods.split(","), *([int(word) for word in text.split(",")] for text in
+                                              (options.codebook_sizes, options.latent_dims, options.seeds))]
+    except ValueError as error:
+        raise vqvae.UserError(f"codebook_sizes, latent_dims, seeds: expected numbers with commas between ({error})") from error
+    unknown = [method for method in grid[0] if method not in METHODS]
+    if unknown:
+        raise vqvae.UserError(f"methods: {unknown[0]!r} is none of {names}")
+    return options, [(s, d, seed, m) for s, d, seed, m in itertools.product(*grid[1:], grid[0])], extra
+
+
+def main(argv=None):
+    options, cells, extra = parse(argv)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if not options.summary:
+        extra = ["--out_dir", "experiments/compare", "--no_wandb", *extra]
+        train.config_from(extra)  # flags are checked before any run
+        threads = max(1, (os.cpu_count() or 1) // options.jobs)
+        with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+            futures = [pool.submit(run, m, s, d, seed, extra, threads) for s, d, seed, m in cells]
+            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                print(f"[{done}/{len(cells)}] {future.result()}", flush=True)
+    vqvae.atomic_write(ROOT / "results" / "summary.md", lambda file: file.write(summary().encode()))
+    print("wrote results/summary.md")
+
+
+if __name__ == "__main__":
+    sys.exit(vqvae.run_command(main))

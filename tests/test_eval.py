@@ -1,0 +1,205 @@
+"""eval_cifar.py: r-FID and r-IS against references, and the whole path with a stand-in Inception."""
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import eval_cifar
+import vqvae
+from eval_cifar import frechet_distance, inception_score
+
+
+class StandIn(torch.nn.Module):
+    """The interface of clean-fid's TorchScript Inception: layers -> 2048 features, output -> 1008 logits."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = torch.nn.Sequential(torch.nn.AvgPool2d(23), torch.nn.Flatten(1), torch.nn.Linear(3 * 13 * 13, 2048))
+        self.output = torch.nn.Linear(2048, 1008)
+
+    def forward(self, x):
+        return torch.softmax(self.output(self.layers((x - 128) / 128)), 1)
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / eval_cifar.INCEPTION_NAME
+    torch.jit.script(StandIn().eval()).save(path)
+    return path
+
+
+@pytest.fixture
+def run_folder(tiny_config):
+    config = tiny_config(epochs=1)
+    vqvae.train(config)
+    return vqvae.Path(config.out_dir) / config.name
+
+
+def sqrtm_distance(a, b):
+    """The textbook formula with a matrix square root of the covariance product."""
+    from scipy import linalg
+    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = linalg.sqrtm(ca @ cb).real
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * root)
+
+
+def test_frechet_distance_equals_the_matrix_square_root_form():
+    a = torch.randn(300, 20, dtype=torch.float64)
+    b = torch.randn(400, 20, dtype=torch.float64) @ torch.randn(20, 20, dtype=torch.float64) + 1
+    assert frechet_distance(a, b) == pytest.approx(sqrtm_distance(a.numpy(), b.numpy()), rel=1e-8)
+
+
+def test_frechet_distance_equals_clean_fids_own():
+    fid = pytest.importorskip("cleanfid.fid")
+    a, b = np.random.default_rng(0).normal(size=(2, 500, 16))
+    b = b * 2 + 0.5
+    try:
+        reference = fid.frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"clean-fid does not work with this SciPy: {error}")
+    assert frechet_distance(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(reference, rel=1e-6)
+
+
+def test_frechet_distance_of_known_gaussians():
+    # Samples whitened to exact moments: |m|^2 + sum (s - 1)^2.
+    x = torch.randn(2000, 5, dtype=torch.float64)
+    x = x - x.mean(0)
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+    scale, shift = torch.tensor([1.0, 2, 3, 0.5, 1], dtype=torch.float64), 2.0
+    assert frechet_distance(x, x * scale + shift) == pytest.approx(5 * 4 + (0 + 1 + 4 + 0.25), rel=1e-9)
+
+
+def test_frechet_distance_is_stable_when_singular():
+    few = torch.randn(30, 200, dtype=torch.float64)  # far fewer rows than features
+    assert frechet_distance(few, few.clone()) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(few.float(), few.float() + 1) == pytest.approx(200, rel=1e-6)
+    with pytest.raises(ValueError):
+        frechet_distance(few[:1], few)
+
+
+def test_inception_score_equals_a_double_loop():
+    p = torch.softmax(torch.randn(50, 7, dtype=torch.float64), 1)
+    scores = []
+    for part in range(5):
+        rows = p[part * 10:(part + 1) * 10]
+        marginal = rows.mean(0)
+        total = 0.0
+        for i in range(10):
+            for j in range(7):
+                total += rows[i, j].item() * (math.log(rows[i, j].item()) - math.log(marginal[j].item()))
+        scores.append(math.exp(total / 10))
+    mean, deviation = inception_score(p, splits=5)
+    assert mean == pytest.approx(np.mean(scores)) and deviation == pytest.approx(np.std(scores))
+
+
+def test_inception_score_limits():
+    assert inception_score(torch.full((40, 8), 1 / 8))[0] == pytest.approx(1.0)
+    assert inception_score(torch.eye(8).repeat(10, 1), splits=10)[0] == pytest.approx(8.0)
+    with pytest.raises(ValueError):
+        inception_score(torch.full((5, 8), 1 / 8))
+
+
+@pytest.mark.parametrize("mode", ["clean", "legacy_pytorch"])
+def test_the_whole_path_with_a_stand_in(run_folder, stand_in, mode, capsys):
+    code = eval_cifar.main(["--checkpoint", str(run_folder / "final_model.pt"), "--inception", str(stand_in),
+                            "--mode", mode, "--batch_size", "16"])
+    metrics = json.loads((run_folder / "eval_metrics.json").read_text())
+    assert code == 0 and metrics["rfid"] > 0 and metrics["ris"] >= 1
+    assert metrics["fid_mode"] == mode and len(metrics["inception_sha256"]) == 64 and metrics["clean_fid_version"]
+    trained = json.loads((run_folder / "final_metrics.json").read_text())
+    for key in ("psnr", "ssim", "perplexity", "usage_rate", "bits_per_index"):
+        assert metrics[key] == pytest.approx(trained[key], rel=1e-5)
+    assert "rfid" in capsys.readouterr().out
+
+
+def test_rfid_of_perfect_reconstructions_is_zero(stand_in):
+    class Identity(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.anchor = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return vqvae.Reconstruction(x, None, None)
+
+    images = torch.randint(0, 256, (30, 32, 32, 3), dtype=torch.uint8)
+    network = eval_cifar.Inception(stand_in, "clean", "cpu")
+    got = eval_cifar.inception_metrics(Identity(), images, network, 7)
+    assert got["rfid"] == pytest.approx(0, abs=1e-6)
+    features, p = network(images)
+    x = torch.nn.functional.softmax(network.network.output(features), 1)
+    assert features.shape == (30, 2048) and torch.allclose(p, x, atol=1e-6)
+
+
+def test_offline_without_weights_keeps_the_other_metrics(run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(eval_cifar, "INCEPTION_NAME", "no-such-network.pt")
+    monkeypatch.setattr(eval_cifar, "INCEPTION_URL", "http://127.0.0.1:9/x.pt")
+    code = eval_cifar.main(["--checkpoint", str(run_folder)])
+    metrics = json.loads((run_folder / "eval_metrics.json").read_text())
+    err = capsys.readouterr().err
+    assert code == 3 and "--inception FILE" in err and err.count("\n") == 1
+    assert metrics["psnr"] > 0 and "rfid" not in metrics and "ris" not in metrics
+
+
+def test_inception_is_downloaded_once_to_the_cache(stand_in, tmp_path, monkeypatch):
+    import http.server
+    import threading
+
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            data = stand_in.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(eval_cifar, "INCEPTION_NAME", "stand-in.pt")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(eval_cifar, "INCEPTION_URL", f"http://127.0.0.1:{server.server_address[1]}/stand-in.pt")
+        for _ in range(2):
+            path = eval_cifar.find_inception()
+        server.shutdown()
+    assert path.read_bytes() == stand_in.read_bytes() and requests == ["/stand-in.pt"]
+    assert eval_cifar.Inception(path, "clean", "cpu")
+
+
+def test_a_folder_stands_for_all_runs_below(run_folder, tiny_config, capsys):
+    vqvae.train(tiny_config(epochs=1, name="other", quantizer="vq_ema"))
+    assert eval_cifar.main(["--checkpoint", str(run_folder.parent), "--no_fid"]) == 0
+    out = capsys.readouterr().out
+    assert "tiny/final_model.pt" in out and "other/final_model.pt" in out
+
+
+@pytest.mark.parametrize("words", [
+    [], ["--checkpoint"], ["--checkpoint", "nowhere.pt"], ["--checkpoint", "."], ["--checkpoint", "x", "--mode", "best"],
+    ["--checkpoint", "x", "--batch_size", "0"], ["--checkpoint", "x", "--device", "tpu"], ["--inception", "x"]])
+def test_bad_words_give_one_line(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = vqvae.run_command(lambda: eval_cifar.main(words))
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_bad_inception_file_is_named(run_folder, tmp_path, capsys):
+    (tmp_path / "bad.pt").write_bytes(b"no network")
+    for file in ("bad.pt", "missing.pt"):
+        words = ["--checkpoint", str(run_folder), "--inception", str(tmp_path / file)]
+        assert vqvae.run_command(partial(eval_cifar.main, words)) == 2
+        err = capsys.readouterr().err
+        assert file in err and err.count("\n") == 1

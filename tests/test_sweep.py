@@ -1,0 +1,151 @@
+"""The sweep, the extended runs and the comparison, through their command lines."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+import analysis
+import run_gpu_experiments
+import vqvae
+
+SMALL = ["--dataset", "dead_leaves", "--image_size", "16", "--train_subset", "64", "--test_subset", "32", "--val_size",
+         "14000", "--hidden_dim", "8", "--latent_dim", "4", "--batch_size", "32", "--device", "cpu", "--precision", "float32"]
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Run one of the scripts in an empty folder; (exit code, stdout, stderr)."""
+
+    def start(name, *words, **environment):
+        command = ["bash"] if name.endswith(".sh") else [sys.executable]
+        done = subprocess.run([*command, str(ROOT / name), *words], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **environment})
+        return done.returncode, done.stdout, done.stderr
+
+    return start
+
+
+def test_the_table_is_the_documented_one():
+    runs = {(q, k, m): e for _, q, k, m, e in run_gpu_experiments.RUNS}
+    expected = {("vq_ema", 256, "euclid"): 25, ("vq_ema", 512, "euclid"): 25, ("vq_ema", 1024, "euclid"): 20,
+                ("vq_ema", 256, "cosine"): 20}
+    expected |= {("ba_vq", k, m): e for (_, k, m), e in expected.items()}
+    assert runs == expected and len(run_gpu_experiments.RUNS) == 8
+
+
+def test_dry_run_and_print_commands_write_nothing(script, tmp_path):
+    code, out, _ = script("run_gpu_experiments.py", "--dry_run")
+    assert code == 0 and len(out.splitlines()) == 8 and "K=1024" in out
+    code, out, _ = script("run_gpu_experiments.py", "--print_commands", "--epochs", "3", "--seed", "4")
+    assert code == 0 and len(out.splitlines()) == 8
+    assert all(line.startswith("python train.py ") and line.endswith("--seed 4 --epochs 3") for line in out.splitlines())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--jobs", "0"], ["--jobs", "x"], ["--gpus", "a"], ["--only", "k999"], ["--timeout", "-1"],
+                                   ["--epochs", "0"], ["--lr", "fast"], ["--name", "x"], ["--unknown"]])
+def test_bad_words_give_one_line(script, tmp_path, words):
+    code, _, err = script("run_gpu_experiments.py", *words)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sweep_runs_skips_what_is_done_and_summarises(script, tmp_path):
+    words = ["--only", "k256_cosine", "--epochs", "1", "--jobs", "2", *SMALL]
+    code, out, err = script("run_gpu_experiments.py", *words)
+    assert code == 0, (out, err)
+    folder = tmp_path / "experiments"
+    summary = json.loads((folder / "gpu_run_summary.json").read_text())
+    assert set(summary["runs"]) == {"vq_ema_k256_cosine", "ba_vq_k256_cosine"}
+    pair, = summary["differences"]
+    assert pair["psnr"] == pytest.approx(summary["runs"]["ba_vq_k256_cosine"]["psnr"]
+                                         - summary["runs"]["vq_ema_k256_cosine"]["psnr"])
+    assert "BA-VQ over VQ-EMA" in out and (folder / "summary.png").stat().st_size > 5000
+    before = (folder / "ba_vq_k256_cosine" / "final_model.pt").stat().st_mtime_ns
+    assert script("run_gpu_experiments.py", *words)[0] == 0
+    assert (folder / "ba_vq_k256_cosine" / "final_model.pt").stat().st_mtime_ns == before
+    # The user's own loop over the results.
+    loop = ('for exp in experiments/*/final_metrics.json; do\n  echo "$(dirname $exp):"\n  python -c "import json; '
+            "m=json.load(open('$exp')); print(f\\\"  PSNR: {m['psnr']:.2f} dB, Perplexity: {m['perplexity']:.1f}, "
+            "Usage: {m['usage_rate']*100:.1f}%\\\")\"\ndone\n")
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    shown = subprocess.run(["bash", "-c", loop], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    assert shown.returncode == 0 and shown.stdout.count("PSNR: ") == 2 and "Usage: " in shown.stdout
+
+
+def test_a_failing_run_does_not_stop_the_others(script, tmp_path):
+    taken = tmp_path / "experiments" / "vq_ema_k256_cosine"
+    taken.mkdir(parents=True)
+    (taken / "foreign.txt").write_text("in the way")
+    code, out, err = script("run_gpu_experiments.py", "--only", "k256_cosine", "--epochs", "1", *SMALL)
+    summary = json.loads((tmp_path / "experiments" / "gpu_run_summary.json").read_text())
+    assert code == 1 and "failed: vq_ema_k256_cosine" in err
+    assert summary["status"] == {"vq_ema_k256_cosine": "exit code 2", "ba_vq_k256_cosine": "finished"}
+    assert "not a run" in (tmp_path / "experiments" / "vq_ema_k256_cosine.log").read_text()
+
+
+def test_a_hanging_run_is_killed(script, tmp_path):
+    code, _, err = script("run_gpu_experiments.py", "--only", "ba_vq_k256_cosine", "--timeout", "1", "--epochs", "5000", *SMALL)
+    summary = json.loads((tmp_path / "experiments" / "gpu_run_summary.json").read_text())
+    assert code == 1 and summary["status"]["ba_vq_k256_cosine"] == "timeout after 1 s"
+
+
+def test_the_sweep_stops_cleanly(tmp_path):
+    command = [sys.executable, str(ROOT / "run_gpu_experiments.py"), "--only", "ba_vq_k256_cosine", "--epochs", "5000", *SMALL]
+    log = tmp_path / "experiments" / "ba_vq_k256_cosine.log"
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        deadline = time.time() + 120
+        while time.time() < deadline and not (log.exists() and "epoch 1/" in log.read_text()):
+            time.sleep(0.1)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "same command continues" in err
+    assert "the same command resumes" in log.read_text()
+
+
+def test_extended_runs(script, tmp_path):
+    (tmp_path / "run_experiments.sh").write_text((ROOT / "run_experiments.sh").read_text())
+    for name in ("train.py", "vqvae.py", "config.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = subprocess.run(["bash", "run_experiments.sh", *SMALL, "--epochs", "1"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable})
+    assert done.returncode == 0, done.stderr
+    names = ["ba_vq_k256", "ba_vq_k512", "vq_ema_k256", "vq_ema_k512"]
+    assert sorted(path.stem for path in (tmp_path / "logs").iterdir()) == names
+    assert "epoch 1/1" in (tmp_path / "logs" / "ba_vq_k256.log").read_text()
+    failing = subprocess.run(["bash", "run_experiments.sh", "--lr", "fast"], cwd=tmp_path, capture_output=True, text=True,
+                             env={**os.environ, "PYTHON": sys.executable})
+    assert failing.returncode == 1 and "failed: vq_ema_k256 ba_vq_k256 vq_ema_k512 ba_vq_k512" in failing.stderr
+
+
+def test_comparison_table(tiny_config, capsys):
+    for quantizer in ("vq_ema", "ba_vq"):
+        vqvae.train(tiny_config(quantizer=quantizer, name=quantizer, epochs=1))
+    folder = vqvae.Path(tiny_config().out_dir)
+    analysis.main([str(folder / "vq_ema"), str(folder / "ba_vq")])
+    out = capsys.readouterr().out
+    assert "VQ-EMA tuned" in out and "BA-VQ λ=" in out and "ba_vq - vq_ema" in out
+    records = analysis.load_runs(analysis.find_runs(folder))
+    assert [r["name"] for r in records] == ["ba_vq", "vq_ema"]
+    assert (folder / "summary.png").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["nowhere"], ["--help"]])
+def test_comparison_of_nothing(words, capsys):
+    assert vqvae.run_command(lambda: analysis.main(words)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_runs_are_compared_only_under_equal_settings(tiny_config):
+    def record(name, **changes):
+        return {"name": name, "config": tiny_config(name=name, **changes).to_dict(), "psnr": 1.0, "ssim": 0.5,
+                "perplexity": 3.0, "usage_rate": 1.0, "bits_per_index": 2.0}
+
+    records = [record("a", quantizer="vq_ema"), record("b"), record("c", seed=1), record("d", codebook_size=8)]
+    assert [(p["ba_vq"], p["vq_ema"]) for p in analysis.differences(records)] == [("b", "a")]
