@@ -1,6 +1,6 @@
 """Tables and pictures of finished runs; what analyze.ipynb and the sweep show.
 
-    python analysis.py experiments/quick_vq_ema experiments/quick_ba_vq     # a table and summary.png
+    python analysis.py experiments/quick_vq_ema experiments/quick_ba_vq     # a table, summary.png and usage.png
     python analysis.py experiments/*
 """
 
@@ -287,13 +287,20 @@ def main(argv=None):
     folders = [Path(word) for word in (sys.argv[1:] if argv is None else argv)]
     if not folders or any(str(word).startswith("-") for word in folders):
         raise vqvae.UserError("usage: python analysis.py RUN_FOLDER...")
-    records = load_runs(folder for folder in folders if folder.is_dir())
+    folders = [folder for folder in folders if folder.is_dir()]
+    records = load_runs(folders)
     if not records:
         raise vqvae.UserError("none of these is a run folder")
     print(table(records))
-    picture = folders[0].parent / "summary.png"
-    save_figure(size_picture(records), picture)
-    print(f"pictures: {picture}, and reconstructions.png and codebook_usage.png in each run folder")
+    out_dir = folders[0].parent
+    save_figure(size_picture(records), out_dir / "summary.png")
+    histograms = {}
+    for folder, record in zip(folders, records):
+        model, config, images = open_run(folder)
+        histograms[label(record)] = vqvae.code_histogram(model, images, config.codebook_size)
+    save_figure(usage_histograms(histograms), out_dir / "usage.png")
+    print(f"pictures: {out_dir / 'summary.png'}, {out_dir / 'usage.png'}; "
+          "reconstructions.png and codebook_usage.png in each run folder")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent / "config.yaml"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse that reports errors as the other bad input: UserError, one line."""
 
     def error(self, message):
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        raise vqvae.UserError(f"{message} (see --help)")
 
 
 def make_parser():
