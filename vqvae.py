@@ -106,7 +106,8 @@ class Config:
                                         low=0, high=0.99999)
     vq_recipe: str = option("tuned", "vq_ema: 'classical' (uniform start, decay 0.8) or 'tuned' "
                             "(data start, dead codes restarted)", choices=("classical", "tuned"))
-    restart_threshold: float = option(0.1, "vq_ema tuned: a code is dead below this fraction of the mean EMA count",
+    restart_threshold: float = option(0.1, "codes below this fraction of the mean EMA count restart "
+                                      "(not vq_ema classical, nor ba_vq with lambda <= 1)",
                                       low=0, high=1)
     entropy_weight: float = option(math.inf, "ba_vq: lambda, from 0 (classical Blahut-Arimoto, collapses) "
                                    "to inf (balanced use)", low=0, high=math.inf)
@@ -162,15 +163,15 @@ class Config:
 
 
 def default_ema_decay(config):
-    """Decay whose window holds about 20 vectors per code, at least 0.9; the classical recipe is 0.8.
+    """Decay whose window, 1/(1 - decay) batches, is 28/sqrt(v), at least 10, for v vectors per code and batch.
 
-    The window of an EMA is 1/(1 - decay) batches. Shorter windows follow the moving encoder better,
-    longer ones give the marginal of a large codebook enough samples (measured: results/LOG.md).
+    Short windows follow the moving encoder, long ones average more samples of a large codebook's
+    marginal; balancing the two errors gives the power (measured: results/LOG.md). Classical: 0.8.
     """
     if config.quantizer == "vq_ema" and config.vq_recipe == "classical":
         return 0.8
     vectors_per_batch = config.batch_size * (config.image_size // config.downsample) ** 2
-    return round(max(0.9, 1 - vectors_per_batch / (20 * config.codebook_size)), 5)
+    return round(max(0.9, 1 - math.sqrt(vectors_per_batch / config.codebook_size) / 28), 5)
 
 
 def _checked(field, value):
@@ -473,13 +474,14 @@ class Quantizer(nn.Module):
     autocast says; statistics are summed over all processes; eval mode changes no state.
 
     codebook_size K; dim D; metric 'euclid' (squared distance) or 'cosine' (the same on unit vectors);
-    ema_decay in [0, 1); commitment_weight: of mean (z - z_q)^2, van den Oord 2017 equation 3.
+    ema_decay in [0, 1); commitment_weight: of mean (z - z_q)^2, van den Oord 2017 equation 3;
+    restart_threshold: fraction of the mean EMA count below which a code is dead (0: never).
     """
 
-    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25):
+    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25, restart_threshold=0.1):
         super().__init__()
         self.codebook_size, self.dim, self.metric = codebook_size, dim, metric
-        self.ema_decay, self.commitment_weight = ema_decay, commitment_weight
+        self.ema_decay, self.commitment_weight, self.restart_threshold = ema_decay, commitment_weight, restart_threshold
         self.initialized = False
         self.register_buffer("codebook", torch.zeros(codebook_size, dim))
         self.register_buffer("ema", torch.zeros(codebook_size, dim + 1))  # per code: sum of vectors, count
@@ -552,6 +554,17 @@ class Quantizer(nn.Module):
         count = len(z) * world_size() / self.codebook_size
         self.ema.copy_(F.pad(self.codebook, (0, 1), value=1.0) * count)
 
+    def restart_dead_codes(self, z):
+        """Give codes below restart_threshold of the mean count a random row of z (N, D) and that count.
+
+        Returns which, (K, 1) bool. `update` derives the codebook from the EMA afterwards.
+        """
+        mean_count = self.ema[:, -1].mean()
+        dead = self.ema[:, -1:] < self.restart_threshold * mean_count  # (K, 1)
+        fresh = F.pad(sample_rows(z, self.codebook_size), (0, 1), value=1.0) * mean_count  # (K, D + 1)
+        self.ema.copy_(torch.where(dead, fresh, self.ema))
+        return dead
+
     def _expected_distortion(self, z):
         """Squared distance that K well-placed codes would leave: sigma^2 2^(-2R/D), R = log2 K."""
         moments = all_reduce(torch.stack([z.sum(0), z.square().sum(0)])) / (len(z) * world_size())  # (2, D)
@@ -563,14 +576,13 @@ class VQEMAQuantizer(Quantizer):
     """VQ-VAE with EMA codebook, the baseline (van den Oord 2017, appendix A.1).
 
     recipe 'classical': codes start uniform in +-1/K and are never restarted. recipe 'tuned': codes
-    start at data, and a code whose EMA count falls below restart_threshold times the mean count
-    restarts, with its EMA state, at a random latent of the batch.
+    start at data, and dead codes restart, with their EMA state, at random latents of the batch.
     """
 
-    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25,
-                 recipe="tuned", restart_threshold=0.1):
-        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight)
-        self.recipe, self.restart_threshold = recipe, restart_threshold
+    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25, restart_threshold=0.1,
+                 recipe="tuned"):
+        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold)
+        self.recipe = recipe
 
     def initialize(self, z):
         super().initialize(z)
@@ -590,17 +602,11 @@ class VQEMAQuantizer(Quantizer):
     def update(self, z, stats):
         self.ema.lerp_(stats, 1 - self.ema_decay)
         if self.recipe == "tuned":
-            self._restart_dead_codes(z)
+            self.restart_dead_codes(z)
         counts = self.ema[:, -1:]  # (K, 1)
         total, epsilon = counts.sum(), 1e-5
         smoothed = (counts + epsilon) / (total + self.codebook_size * epsilon) * total  # Laplace
         self.codebook.copy_(self._on_sphere(self.ema[:, :-1] / smoothed))
-
-    def _restart_dead_codes(self, z):
-        mean_count = self.ema[:, -1].mean()
-        dead = self.ema[:, -1:] < self.restart_threshold * mean_count  # (K, 1)
-        fresh = F.pad(sample_rows(z, self.codebook_size), (0, 1), value=1.0) * mean_count  # (K, D + 1)
-        self.ema.copy_(torch.where(dead, fresh, self.ema))
 
 
 class BAQuantizer(Quantizer):
@@ -618,13 +624,12 @@ class BAQuantizer(Quantizer):
     entropy_weight: lambda in [0, inf]: 0 collapses the codebook, 1 is soft k-means, inf holds q_k = 1/K.
     temperature_start, temperature_end: tau in units of the mean distortion to the nearest code, falling
     geometrically over the first anneal_fraction of training (`set_progress`).
-    ba_iters: Blahut-Arimoto steps per batch.
+    ba_iters: Blahut-Arimoto steps per batch.  Dead codes restart only where lambda > 1.
     """
 
-    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25,
-                 entropy_weight=math.inf, temperature_start=0.2, temperature_end=0.02, anneal_fraction=0.5,
-                 ba_iters=1):
-        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight)
+    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25, restart_threshold=0.1,
+                 entropy_weight=math.inf, temperature_start=0.2, temperature_end=0.02, anneal_fraction=0.5, ba_iters=1):
+        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold)
         self.entropy_weight, self.ba_iters = entropy_weight, ba_iters
         self.temperature_start, self.temperature_end = temperature_start, temperature_end
         self.anneal_fraction = anneal_fraction
@@ -660,6 +665,9 @@ class BAQuantizer(Quantizer):
 
     def update(self, z, stats):
         self.ema.lerp_(stats, 1 - self.ema_decay)
+        if self.entropy_weight > 1:  # the prior wants every code; one that a moving encoder left behind cannot answer
+            dead = self.restart_dead_codes(z).squeeze(1)  # (K,)
+            self.log_w.copy_(torch.where(dead, self.log_w.mean(), self.log_w))
         counts = self.ema[:, -1:]  # (K, 1)
         centroids = self.ema[:, :-1] / counts.clamp_min(1e-12)
         self.codebook.copy_(self._on_sphere(torch.where(counts > 1e-12, centroids, self.codebook)))
@@ -667,9 +675,10 @@ class BAQuantizer(Quantizer):
 
 def make_quantizer(config):
     """The quantizer that a Config describes."""
-    common = (config.codebook_size, config.latent_dim, config.metric, config.ema_decay, config.commitment_weight)
+    common = (config.codebook_size, config.latent_dim, config.metric, config.ema_decay, config.commitment_weight,
+              config.restart_threshold)
     if config.quantizer == "vq_ema":
-        return VQEMAQuantizer(*common, config.vq_recipe, config.restart_threshold)
+        return VQEMAQuantizer(*common, config.vq_recipe)
     return BAQuantizer(*common, config.entropy_weight, config.temperature_start, config.temperature_end,
                        config.anneal_fraction, config.ba_iters)
 

@@ -1,0 +1,115 @@
+"""Turn images into code indices and back, with the bits per pixel that they take.
+
+    python export_codes.py encode --checkpoint experiments/RUN/final_model.pt --output test_codes.npz
+    python export_codes.py encode --checkpoint experiments/RUN/final_model.pt --split train --output train_codes.npz
+    python export_codes.py decode --checkpoint experiments/RUN/final_model.pt --input test_codes.npz --output images.npz
+
+The .npz of encode holds `indices` (N, H, W), unsigned, of the smallest type that holds K, and `codebook_size`;
+that of decode holds `images` (N, S, S, 3) uint8.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import train
+import vqvae
+
+
+@torch.no_grad()
+def encode(model, images, batch_size=500):
+    """Images uint8 (N, S, S, 3) -> code indices int64 (N, S/f, S/f) on the CPU."""
+    device = next(model.parameters()).device
+    batches = tqdm(images.split(batch_size), desc="encoding", disable=None)
+    return torch.cat([model.encode(vqvae.to_float(batch.to(device))).cpu() for batch in batches])
+
+
+@torch.no_grad()
+def decode(model, indices, batch_size=500):
+    """Code indices int64 (N, H, W) -> images uint8 (N, S, S, 3) on the CPU."""
+    device = next(model.parameters()).device
+    batches = tqdm(indices.split(batch_size), desc="decoding", disable=None)
+    return torch.cat([vqvae.to_bytes(model.decode(batch.to(device))).permute(0, 2, 3, 1).cpu() for batch in batches])
+
+
+def bits_per_pixel(indices, codebook_size, pixels):
+    """{'fixed_length', 'entropy'} in bits per pixel for indices (N, H, W) of images of `pixels` pixels.
+
+    fixed_length: ceil(log2 K) bits per index; entropy: what an ideal coder of independent indices needs.
+    """
+    per_image = indices[0].numel()
+    entropy = vqvae.codebook_metrics(torch.bincount(indices.flatten(), minlength=codebook_size))["bits_per_index"]
+    return {"fixed_length": math.ceil(math.log2(codebook_size)) * per_image / pixels, "entropy": entropy * per_image / pixels}
+
+
+def save_npz(path, **arrays):
+    vqvae.atomic_write(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def encode_command(options, model, config):
+    if options.data_dir is not None:
+        config = dataclasses.replace(config, data_dir=options.data_dir)
+    train_split = {"train": 0, "val": 1}.get(options.split)
+    images = vqvae.test_images(config) if train_split is None else vqvae.training_images(config)[train_split]
+    if not len(images):
+        raise vqvae.UserError(f"split: the {options.split} split of this run is empty")
+    indices = encode(model, images)
+    kind = np.min_scalar_type(config.codebook_size - 1)
+    save_npz(options.output, indices=indices.numpy().astype(kind), codebook_size=config.codebook_size)
+    pixels = images.shape[1] * images.shape[2]
+    bits = bits_per_pixel(indices, config.codebook_size, pixels)
+    on_disk = Path(options.output).stat().st_size * 8 / (len(images) * pixels)
+    print(f"{options.output}: {len(images)} images of {images.shape[1]}x{images.shape[2]} as "
+          f"{indices.shape[1]}x{indices.shape[2]} codes; bits per pixel: {bits['fixed_length']:.4f} at fixed length, "
+          f"{bits['entropy']:.4f} entropy, {on_disk:.4f} as this file")
+
+
+def decode_command(options, model, config):
+    try:
+        with np.load(options.input, allow_pickle=False) as stored:
+            indices, size = stored["indices"], int(stored["codebook_size"])
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise vqvae.UserError(f"{options.input}: not a file of `export_codes.py encode` ({error})") from error
+    if size != config.codebook_size:
+        raise vqvae.UserError(f"{options.input}: codes of a codebook of {size}, the checkpoint has {config.codebook_size}")
+    if indices.ndim != 3 or not indices.size or indices.dtype.kind != "u" or indices.max() >= size:
+        raise vqvae.UserError(f"{options.input}: indices must be unsigned (N, H, W) below {size}, not empty")
+    images = decode(model, torch.from_numpy(indices.astype(np.int64)))
+    save_npz(options.output, images=images.numpy())
+    print(f"{options.output}: {len(images)} images of {images.shape[1]}x{images.shape[2]}")
+
+
+def parse(argv):
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=train.Parser)
+    for name, function, text in (("encode", encode_command, "images to indices"),
+                                 ("decode", decode_command, "indices to images")):
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.set_defaults(function=function)
+        command.add_argument("--checkpoint", required=True, metavar="FILE", help="final_model.pt or a checkpoint")
+        command.add_argument("--output", required=True, metavar="FILE.npz", help="where to write")
+        command.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, mps, cuda or cuda:N")
+        if name == "encode":
+            command.add_argument("--split", default="test", choices=("train", "val", "test"), help="default test")
+            command.add_argument("--data_dir", metavar="DIR", help="where the data set is (default: as in training)")
+        else:
+            command.add_argument("--input", required=True, metavar="FILE.npz", help="a file of `encode`")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    options = parse(argv)
+    device, _ = vqvae.pick_device(options.device)
+    model, config = vqvae.load_model(options.checkpoint, device)
+    options.function(options, model, config)
+
+
+if __name__ == "__main__":
+    sys.exit(vqvae.run_command(main))

@@ -1,0 +1,59 @@
+"""export_codes.py: a round trip through files, and bits per pixel by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+import export_codes
+import vqvae
+
+
+@pytest.fixture
+def checkpoint(tiny_config):
+    config = tiny_config(epochs=1)
+    vqvae.train(config)
+    return vqvae.Path(config.out_dir) / config.name / "final_model.pt"
+
+
+def run(*words):
+    return vqvae.run_command(lambda: export_codes.main([str(word) for word in words]))
+
+
+def test_round_trip_through_files(checkpoint, tmp_path, capsys):
+    assert not run("encode", "--checkpoint", checkpoint, "--output", tmp_path / "codes.npz")
+    assert not run("decode", "--checkpoint", checkpoint, "--input", tmp_path / "codes.npz", "--output", tmp_path / "images.npz")
+    stored, images = np.load(tmp_path / "codes.npz"), np.load(tmp_path / "images.npz")["images"]
+    assert stored["indices"].shape == (40, 4, 4) and stored["indices"].dtype == np.uint8
+    model, config = vqvae.load_model(checkpoint)
+    x = vqvae.test_images(config)
+    expected = vqvae.to_bytes(model(vqvae.to_float(x)).images).permute(0, 2, 3, 1).numpy()
+    assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1 and (images == expected).mean() > 0.999
+    out = capsys.readouterr().out
+    assert "bits per pixel: 0.2500 at fixed length" in out  # 4 bits for each of 16 indices over 256 pixels
+
+
+@pytest.mark.parametrize("split, count", [("train", 96), ("val", 100)])
+def test_other_splits(checkpoint, tmp_path, split, count):
+    assert not run("encode", "--checkpoint", checkpoint, "--output", tmp_path / "c.npz", "--split", split)
+    assert len(np.load(tmp_path / "c.npz")["indices"]) == count
+
+
+def test_bits_per_pixel_by_hand():
+    indices = torch.tensor([[[0, 1], [2, 3]]])
+    assert export_codes.bits_per_pixel(indices, 5, 16) == pytest.approx({"fixed_length": 3 * 4 / 16, "entropy": 2 * 4 / 16})
+
+
+def test_bad_files_give_one_line(checkpoint, tmp_path, capsys):
+    good = np.zeros((2, 4, 4), np.uint8)
+    np.savez(tmp_path / "size.npz", indices=good, codebook_size=99)
+    np.savez(tmp_path / "range.npz", indices=good + 200, codebook_size=16)
+    np.savez(tmp_path / "shape.npz", indices=good[0], codebook_size=16)
+    np.savez(tmp_path / "keys.npz", other=good)
+    np.savez(tmp_path / "pickle.npz", indices=np.array([{}], dtype=object), codebook_size=16)
+    (tmp_path / "text.npz").write_text("hello")
+    for name in ("size", "range", "shape", "keys", "pickle", "text", "missing"):
+        code = run("decode", "--checkpoint", checkpoint, "--input", tmp_path / f"{name}.npz", "--output", tmp_path / "out.npz")
+        err = capsys.readouterr().err
+        assert code == 2 and err.count("\n") == 1 and f"{name}.npz" in err, (name, err)
+    assert not (tmp_path / "out.npz").exists()
+    assert run("recode") == 2 and run() == 2
