@@ -238,3 +238,19 @@ def test_warm_up_trains_without_codes(tiny_config, capsys):
 def test_the_classical_recipe_has_no_warm_up():
     assert vqvae.Config(quantizer="vq_ema", vq_recipe="classical").warmup_fraction == 0
     assert vqvae.Config(quantizer="vq_ema").warmup_fraction == vqvae.Config().warmup_fraction > 0
+
+
+def test_wandb_without_login_is_offline_and_keeps_its_id(tiny, tmp_path):
+    pytest.importorskip("wandb")
+    flags = [w for k, v in tiny(epochs=1).items() for w in (f"--{k}", str(v))]
+    environment = {**os.environ, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "OMP_NUM_THREADS": "1"}
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        environment.pop(name, None)
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--wandb"]
+    ids = []
+    for extra in ([], ["--overwrite"], ["--no_wandb", "--overwrite"]):
+        done = subprocess.run([*command, *extra], env=environment, capture_output=True, text=True, timeout=120,
+                              stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stderr
+        ids += [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("wandb: offline, run id")]
+    assert len(ids) == 2 and ids[0] == ids[1]
