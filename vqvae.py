@@ -540,19 +540,23 @@ class Quantizer(nn.Module):
         return F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors
 
     def initialize(self, z):
-        """Start the codes at random rows of z (N, D), all different, also where K > N or rows repeat.
+        """Start the codes at different rows of z (N, D), with equal EMA counts."""
+        self.codebook.copy_(self._on_sphere(self.distinct_rows(z)))
+        count = len(z) * world_size() / self.codebook_size
+        self.ema.copy_(F.pad(self.codebook, (0, 1), value=1.0) * count)
 
-        Two equal codes would stay equal for ever, so each code is moved by about a tenth of a cell;
+    def distinct_rows(self, z):
+        """K random rows of z (N, D) over all processes, (K, D), all different, also where K > N or rows repeat.
+
+        Two equal codes would stay equal for ever, so each row is moved by about a tenth of a cell;
         copies of one row then split as the temperature falls (Rose 1998).
         """
         cell = self._expected_distortion(z)
         jitter = 0.1 * (cell / self.dim).sqrt() + 1e-4 * z.square().mean().sqrt() + 1e-12
-        noise = torch.randn_like(self.codebook)
+        rows = sample_rows(z, self.codebook_size) + jitter * torch.randn_like(self.codebook)
         if dist.is_initialized():
-            dist.broadcast(noise, 0)
-        self.codebook.copy_(self._on_sphere(sample_rows(z, self.codebook_size) + jitter * noise))
-        count = len(z) * world_size() / self.codebook_size
-        self.ema.copy_(F.pad(self.codebook, (0, 1), value=1.0) * count)
+            dist.broadcast(rows, 0)
+        return rows
 
     def restart_dead_codes(self, z):
         """Give codes below restart_threshold of the mean count a random row of z (N, D) and that count.
@@ -561,7 +565,7 @@ class Quantizer(nn.Module):
         """
         mean_count = self.ema[:, -1].mean()
         dead = self.ema[:, -1:] < self.restart_threshold * mean_count  # (K, 1)
-        fresh = F.pad(sample_rows(z, self.codebook_size), (0, 1), value=1.0) * mean_count  # (K, D + 1)
+        fresh = F.pad(self.distinct_rows(z), (0, 1), value=1.0) * mean_count  # (K, D + 1)
         self.ema.copy_(torch.where(dead, fresh, self.ema))
         return dead
 
