@@ -992,7 +992,7 @@ def evaluate(model, images, codebook_size, batch_size=500, dtype=torch.float32):
     rows = []  # per image: squared 8-bit error, squared luma error, ssim, float mse
     latent_rows = []  # per batch, weighted: quantizer loss, squared distance per vector
     with _eval_mode(model):
-        for batch in images.split(batch_size):
+        for batch in tqdm(images.split(batch_size), desc="evaluating", leave=False, disable=None):
             x = to_float(batch.to(device))  # (B, 3, S, S)
             with _autocast(device, dtype):
                 z = model.latents(x)
