@@ -53,13 +53,18 @@ def method(config):
 
 def _setting(record):
     """What two runs must share to be compared: everything but the quantizer's own settings."""
-    own = {"name", "quantizer", "vq_recipe", "restart_threshold", "entropy_weight", "temperature_start",
-           "temperature_end", "anneal_fraction", "ba_iters", "ema_decay", *vqvae.NOT_IDENTITY}
-    return tuple((key, value) for key, value in sorted(record["config"].items()) if key not in own)
+    own = {"quantizer", "vq_recipe", "restart_threshold", "warmup_fraction", "entropy_weight", "temperature_start",
+           "temperature_end", "anneal_fraction", "ba_iters", "ema_decay"}
+    return {key: value for key, value in identity(record).items() if key not in own}
+
+
+def identity(record):
+    """vqvae.identity of a record's config."""
+    return vqvae.identity(vqvae.Config.from_dict(record["config"]))
 
 
 def differences(records):
-    """BA-VQ minus VQ-EMA for each pair of runs that share all other settings, as a list of dicts."""
+    """BA-VQ minus VQ-EMA for each pair of runs that share all settings but the quantizer's, as a list of dicts."""
     pairs = []
     for ba in (record for record in records if record["config"]["quantizer"] == "ba_vq"):
         for ema in (record for record in records if record["config"]["quantizer"] == "vq_ema"):
@@ -95,8 +100,7 @@ def over_seeds(records):
     """Text table of mean and standard deviation over the runs that differ only in seed."""
     groups = {}
     for record in records:
-        own = {key: value for key, value in record["config"].items() if key not in {"seed", *vqvae.NOT_IDENTITY}}
-        groups.setdefault(json.dumps(own, sort_keys=True), []).append(record)
+        groups.setdefault(json.dumps({**identity(record), "seed": None}, sort_keys=True), []).append(record)
     rows = [["method", "K", "D", "seeds", "PSNR dB", "perplexity", "usage"]]
     for group in groups.values():
         config = group[0]["config"]
@@ -199,8 +203,10 @@ def rate_distortion(records):
     labelled = set()
     groups = {}
     for record in records:
-        groups.setdefault((record["config"]["quantizer"], record["config"]["codebook_size"]), []).append(record)
-    for (quantizer, size), group in sorted(groups.items()):
+        others = json.dumps({**identity(record), "entropy_weight": None}, sort_keys=True)
+        groups.setdefault(others, []).append(record)
+    for group in groups.values():
+        quantizer, size = group[0]["config"]["quantizer"], group[0]["config"]["codebook_size"]
         color, marker, name = STYLE[quantizer]
         group = sorted(group, key=lambda record: record["bits_per_index"])
         axes.plot([r["bits_per_index"] for r in group], [r["psnr"] for r in group], marker, color=color,
@@ -224,6 +230,8 @@ def latents_of(model, images):
 def codes_and_latents(model, images, title):
     """Figure: 2-D PCA of latents (dots) and codes (crosses), axes of the latents."""
     z, codes = latents_of(model, images), model.quantizer.codebook
+    if z.shape[1] == 1:  # a second axis, empty
+        z, codes = (torch.nn.functional.pad(x, (0, 1)) for x in (z, codes))
     mean = z.mean(0)
     _, singular, axes_2d = torch.linalg.svd(z - mean, full_matrices=False)
     share = singular.square() / singular.square().sum()
@@ -233,7 +241,7 @@ def codes_and_latents(model, images, title):
     axes.scatter(*points[:4000].T.numpy(), s=2, color="0.6", label="latents")
     axes.scatter(*centres.T.numpy(), s=14, marker="x", color="#D55E00", label="codes")
     names = [f"principal component {i + 1} ({share[i]:.0%} of the variance)" for i in range(len(points[0]))]
-    axes.set(xlabel=names[0], ylabel=names[1] if len(names) > 1 else "", title=title)
+    axes.set(xlabel=names[0], ylabel=names[1], title=title)
     _finish(axes)
     return figure
 
@@ -287,7 +295,10 @@ def main(argv=None):
     folders = [Path(word) for word in (sys.argv[1:] if argv is None else argv)]
     if not folders or any(str(word).startswith("-") for word in folders):
         raise vqvae.UserError("usage: python analysis.py RUN_FOLDER...")
-    folders = [folder for folder in folders if folder.is_dir()]
+    unfinished = [folder.name for folder in folders if folder.is_dir() and not (folder / "final_metrics.json").exists()]
+    folders = [folder for folder in folders if (folder / "final_metrics.json").exists()]
+    if unfinished:
+        print(f"left out, no finished run: {', '.join(unfinished)}")
     records = load_runs(folders)
     if not records:
         raise vqvae.UserError("none of these is a run folder")
@@ -297,7 +308,7 @@ def main(argv=None):
     histograms = {}
     for folder, record in zip(folders, records):
         model, config, images = open_run(folder)
-        histograms[label(record)] = vqvae.code_histogram(model, images, config.codebook_size)
+        histograms[record["name"]] = vqvae.code_histogram(model, images, config.codebook_size)
     save_figure(usage_histograms(histograms), out_dir / "usage.png")
     print(f"pictures: {out_dir / 'summary.png'}, {out_dir / 'usage.png'}; "
           "reconstructions.png and codebook_usage.png in each run folder")

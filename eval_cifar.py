@@ -6,8 +6,9 @@
 
 r-FID is the Frechet distance (Heusel et al. 2017) between Inception features of the test images and of
 their reconstructions, both 8-bit, with clean-fid's network and resizing (Parmar et al. 2022). r-IS is the
-Inception score (Salimans et al. 2016) of the reconstructions from the same network's class probabilities.
-Writes eval_metrics.json and reconstructions.png beside each checkpoint.
+Inception score (Salimans et al. 2016) of the reconstructions from the same network's class probabilities,
+output bias included: compare it with other r-IS of this script only.
+Writes eval_metrics.json, reconstructions.png and codebook_usage.png beside each checkpoint.
 Exit codes: 0 done, 2 bad input, 3 r-FID and r-IS are missing because the network was not to be had.
 """
 
@@ -42,7 +43,7 @@ def frechet_distance(features_a, features_b):
     """
     if min(len(features_a), len(features_b)) < 2 or features_a.shape[1] != features_b.shape[1]:
         raise ValueError(f"need two sets of at least 2 feature rows, got {features_a.shape}, {features_b.shape}")
-    a, b = features_a.double().cpu(), features_b.double().cpu()
+    a, b = features_a.cpu().double(), features_b.cpu().double()
     difference = (a.mean(0) - b.mean(0)).square().sum()
     roots = []
     trace = 0.0
@@ -62,7 +63,7 @@ def inception_score(probabilities, splits=10):
     if len(probabilities) < splits:
         raise ValueError(f"need at least {splits} images, got {len(probabilities)}")
     scores = []
-    for p in probabilities.double().cpu().tensor_split(splits):  # (n, classes)
+    for p in probabilities.cpu().double().tensor_split(splits):  # (n, classes)
         kl = torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))
         scores.append(kl.sum(1).mean().exp())
     scores = torch.stack(scores)
@@ -77,7 +78,8 @@ class Inception:
             self.network = torch.jit.load(path, map_location=device).eval()
             self.weight, self.bias = self.network.output.weight, self.network.output.bias
         except (RuntimeError, AttributeError, ValueError) as error:
-            raise vqvae.UserError(f"{path}: not clean-fid's TorchScript Inception ({INCEPTION_NAME}), or damaged") from error
+            raise vqvae.UserError(f"{path}: not clean-fid's TorchScript Inception ({INCEPTION_NAME}), or damaged; "
+                                  "delete it to have it downloaded again") from error
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.resize = build_resizer(mode)
@@ -139,6 +141,9 @@ def find_checkpoints(words):
         if not files:
             raise vqvae.UserError(f"checkpoint: no final_model.pt below {path}")
         found += files
+    folders = [path.parent.resolve() for path in found]
+    if len(set(folders)) < len(folders):
+        raise vqvae.UserError("checkpoint: two of these share a folder, and so eval_metrics.json; evaluate one at a time")
     return found
 
 
@@ -151,7 +156,8 @@ def parse(argv):
     parser.add_argument("--batch_size", type=int, default=100, metavar="N", help="images at once (default 100)")
     parser.add_argument("--inception", metavar="FILE", help=f"{INCEPTION_NAME} (default: cache, else downloaded)")
     parser.add_argument("--mode", default="clean", choices=("clean", "legacy_pytorch"),
-                        help="resizing to 299 pixels: clean (Pillow, antialiased bicubic) or legacy_pytorch (bilinear)")
+                        help="resizing to 299 pixels: clean (Pillow, antialiased bicubic) or legacy_pytorch (PyTorch, "
+                             "bilinear); the network is the same")
     parser.add_argument("--no_fid", action="store_true", help="leave out r-FID and r-IS")
     options = parser.parse_args(argv)
     if options.batch_size < 1:
@@ -165,6 +171,8 @@ def evaluate_checkpoint(path, options, device, inception):
     changes = {key: getattr(options, key) for key in ("data_dir", "test_subset") if getattr(options, key) is not None}
     config = dataclasses.replace(config, **changes)
     images = vqvae.test_images(config)
+    if inception is not None and len(images) < 10:
+        raise vqvae.UserError(f"test_subset: r-IS needs at least 10 images, not {len(images)}; raise it or add --no_fid")
     metrics = {"checkpoint": str(path), "dataset": config.dataset,
                **vqvae.evaluate(model, images, config.codebook_size, options.batch_size)}
     if inception is not None:
@@ -172,6 +180,8 @@ def evaluate_checkpoint(path, options, device, inception):
         metrics.update(inception_metrics(model, images, network, options.batch_size), **source)
     vqvae.write_json(path.parent / "eval_metrics.json", metrics)
     vqvae.reconstruction_picture(model, images[:16], path.parent / "reconstructions.png")
+    vqvae.usage_picture(vqvae.code_histogram(model, images, config.codebook_size),
+                        f"perplexity {metrics['perplexity']:.0f} of {config.codebook_size}", path.parent / "codebook_usage.png")
     return metrics
 
 

@@ -5,23 +5,24 @@
 cd "$(dirname "$0")" || exit 2
 python=${PYTHON:-python}
 mkdir -p logs || exit 2
-trap 'echo "stopped; run ./run_experiments.sh again to continue" >&2; exit 130' INT TERM
 failed=()
+report() {
+  if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]} (see logs/)" >&2
+    exit "$1"
+  fi
+}
+trap 'echo "stopped; run ./run_experiments.sh again to continue" >&2; report 130; exit 130' INT
 for codebook_size in 256 512; do
   for quantizer in vq_ema ba_vq; do
     name=${quantizer}_k${codebook_size}
     echo "== $name (log: logs/$name.log)"
     "$python" train.py --quantizer "$quantizer" --codebook_size "$codebook_size" --epochs 30 --batch_size 256 \
-      --name "$name" --no_wandb "$@" 2>&1 | tee -a "logs/$name.log"
+      --name "$name" --no_wandb "$@" 2>&1 | tee -i -a "logs/$name.log"
     code=${PIPESTATUS[0]}
-    if [ "$code" -eq 130 ] || [ "$code" -eq 143 ]; then
-      exit "$code"
-    elif [ "$code" -ne 0 ]; then
+    if [ "$code" -ne 0 ]; then
       failed+=("$name")
     fi
   done
 done
-if [ ${#failed[@]} -gt 0 ]; then
-  echo "failed: ${failed[*]} (see logs/)" >&2
-  exit 1
-fi
+report 1

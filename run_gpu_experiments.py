@@ -27,15 +27,16 @@ import analysis
 import train
 import vqvae
 
-#       name                    quantizer  K     metric    epochs
-RUNS = [("vq_ema_k256",         "vq_ema",  256,  "euclid", 25),
-        ("ba_vq_k256",          "ba_vq",   256,  "euclid", 25),
-        ("vq_ema_k512",         "vq_ema",  512,  "euclid", 25),
-        ("ba_vq_k512",          "ba_vq",   512,  "euclid", 25),
-        ("vq_ema_k1024",        "vq_ema",  1024, "euclid", 20),
-        ("ba_vq_k1024",         "ba_vq",   1024, "euclid", 20),
-        ("vq_ema_k256_cosine",  "vq_ema",  256,  "cosine", 20),
-        ("ba_vq_k256_cosine",   "ba_vq",   256,  "cosine", 20)]
+# Names start with gpu_: the individual 30-epoch runs of the README have the plain ones.
+#       name                        quantizer  K     metric    epochs
+RUNS = [("gpu_vq_ema_k256",         "vq_ema",  256,  "euclid", 25),
+        ("gpu_ba_vq_k256",          "ba_vq",   256,  "euclid", 25),
+        ("gpu_vq_ema_k512",         "vq_ema",  512,  "euclid", 25),
+        ("gpu_ba_vq_k512",          "ba_vq",   512,  "euclid", 25),
+        ("gpu_vq_ema_k1024",        "vq_ema",  1024, "euclid", 20),
+        ("gpu_ba_vq_k1024",         "ba_vq",   1024, "euclid", 20),
+        ("gpu_vq_ema_k256_cosine",  "vq_ema",  256,  "cosine", 20),
+        ("gpu_ba_vq_k256_cosine",   "ba_vq",   256,  "cosine", 20)]
 SCRIPTS = Path(__file__).resolve().parent
 
 
@@ -43,7 +44,7 @@ def run_flags(run, extra):
     """The train.py flags of one row of RUNS; `extra` flags come last and win."""
     name, quantizer, size, metric, epochs = run
     return ["--config", str(SCRIPTS / "config_gpu.yaml"), "--name", name, "--quantizer", quantizer,
-            "--codebook_size", str(size), "--metric", metric, "--epochs", str(epochs), "--no_wandb", *extra]
+            "--codebook_size", str(size), "--metric", metric, "--epochs", str(epochs), *extra]
 
 
 class Sweep:
@@ -120,7 +121,7 @@ def main(argv=None):
             print(shlex.join(["python", "train.py", *flags]))
         return 0
     for name, config in configs.items():
-        print(f"{name:20s} {config.quantizer:7s} K={config.codebook_size:<5d} {config.metric:7s} {config.epochs} epochs")
+        print(f"{name:23s} {config.quantizer:7s} K={config.codebook_size:<5d} {config.metric:7s} {config.epochs} epochs")
     if options.dry_run:
         return 0
 

@@ -21,13 +21,13 @@ Sources, cited below by name:
 
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import tarfile
@@ -63,8 +63,11 @@ class Interrupted(Exception):
     """Training stopped by a signal after saving where it was (exit code 128 + signum)."""
 
     def __init__(self, message, signum):
-        super().__init__(message)
+        super().__init__(message, signum)
         self.signum = signum
+
+    def __str__(self):
+        return self.args[0]
 
 
 # ----------------------------------------------------------------------------------------
@@ -159,7 +162,8 @@ class Config:
         return cls(**values)
 
     def to_dict(self):
-        return dataclasses.asdict(self)
+        """Plain values, fit for YAML, JSON and checkpoints; infinity is the text "inf"."""
+        return {key: "inf" if value == math.inf else value for key, value in dataclasses.asdict(self).items()}
 
 
 def default_ema_decay(config):
@@ -182,7 +186,7 @@ def _checked(field, value):
         kind = typing.get_args(kind)[0]
     if value is None and optional:
         return None
-    if kind is float and type(value) is int:
+    if kind is float and (type(value) is int or value == "inf"):  # JSON has no infinity
         value = float(value)
     if type(value) is not kind:
         hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if kind is float and isinstance(value, str) else ""
@@ -192,7 +196,9 @@ def _checked(field, value):
         raise UserError(f"{field.name}: {value!r} is not one of {', '.join(map(str, rule['choices']))}")
     too_low = rule["low"] is not None and not value >= rule["low"]
     too_high = rule["high"] is not None and not value <= rule["high"]
-    if too_low or too_high or (rule["above"] is not None and not value > rule["above"]) or value in ("", "."):
+    if value == "":
+        raise UserError(f"{field.name}: must not be empty")
+    if too_low or too_high or (rule["above"] is not None and not value > rule["above"]):
         low = rule["low"] if rule["above"] is None else f"above {rule['above']}"
         raise UserError(f"{field.name}: {value!r} is out of range (from {low} to {rule['high'] or 'any'})")
     if kind is float and math.isinf(value) and rule["high"] != math.inf:
@@ -282,7 +288,7 @@ def pick_precision(precision, device):
         return getattr(torch, precision), "asked for"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "the GPU has it"
-    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16, "the CPU has it"
     return torch.float32, "no fast bfloat16 on this device"
 
@@ -385,8 +391,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25, "mps": 1 << 23}  # of the N x
 
 
 def _chunks(z, codes):
-    """z (N, D) cut along N so that a chunk's scores stay within CHUNK_ELEMENTS."""
-    return z.split(max(1, CHUNK_ELEMENTS[z.device.type] // codes))
+    """z (N, D) cut along N so that a chunk's scores stay within CHUNK_ELEMENTS, or at D rows (so O(K D))."""
+    return z.split(max(z.shape[1], CHUNK_ELEMENTS[z.device.type] // codes))
 
 
 def _scores(z, codebook, half_norms):
@@ -656,7 +662,7 @@ class BAQuantizer(Quantizer):
         tau = (self.temperature * self.distortion).clamp_min(1e-30)
         for _ in range(self.ba_iters):
             batch = soft_assign(z, self.codebook, self.log_w, tau)
-            scalars = torch.stack([batch.distortion, batch.overlap, z.new_tensor(len(z))])
+            scalars = torch.stack([batch.distortion, batch.overlap, z.new_full((), float(len(z)))])
             everything = all_reduce(torch.cat([batch.stats.flatten(), scalars]))
             stats = everything[:-3].view_as(self.ema)
             distortion, overlap = everything[-3:-1] / everything[-1]
@@ -807,19 +813,30 @@ def _cifar10(config, train):
     """Official CIFAR-10, checked by md5, downloaded where it is missing."""
     root = Path(config.data_dir)
     try:
-        data = torchvision.datasets.CIFAR10(root, train=train)
+        return torch.from_numpy(torchvision.datasets.CIFAR10(root, train=train).data)
     except RuntimeError:  # torchvision: not found or corrupted
+        pass
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / ".lock", "w")  # noqa: SIM115 (closed by the `with` below)
+    except OSError as error:
+        raise UserError(f"data_dir: cannot write to {root} ({error.strerror}); choose another --data_dir") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # runs that start together download once
         archive = root / "cifar-10-python.tar.gz"
         if not _has_md5(archive, CIFAR10_MD5):
             say(f"CIFAR-10 is not in {root}: downloading 170 MB")
             download([config.cifar10_url] if config.cifar10_url else CIFAR10_URLS, archive, CIFAR10_MD5)
         try:
+            return torch.from_numpy(torchvision.datasets.CIFAR10(root, train=train).data)  # another run was first
+        except RuntimeError:
+            pass
+        try:
             with tarfile.open(archive) as tar:
                 tar.extractall(root, filter="data")
-            data = torchvision.datasets.CIFAR10(root, train=train)
+            return torch.from_numpy(torchvision.datasets.CIFAR10(root, train=train).data)
         except (OSError, RuntimeError, tarfile.TarError) as error:
             raise UserError(f"{archive}: cannot unpack it: {error}") from error
-    return torch.from_numpy(data.data)
 
 
 def _has_md5(path, digest):
@@ -869,6 +886,7 @@ def _folder(config, train):
         raise UserError(f"data_dir: {base} is no folder; give --data_dir the folder of your images")
     suffixes = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
     paths = sorted(path for path in base.rglob("*") if path.suffix.lower() in suffixes)
+    paths = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]  # no split or subset is one class
     if not has_splits:
         paths = [path for i, path in enumerate(paths) if (i % 10 == 9) != train]
     if not paths:
@@ -917,9 +935,15 @@ def test_images(config):
     return _first(_read_images(config, train=False), config.test_subset, "test_subset")
 
 
+def memory_format(device):
+    """channels_last where convolutions are faster in it; on Apple GPUs it has been faulty."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 def to_float(images):
-    """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) in [0, 1], channels_last in memory."""
-    return images.permute(0, 3, 1, 2).float() / 255
+    """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) in [0, 1]."""
+    x = images.permute(0, 3, 1, 2).float() / 255
+    return x.contiguous(memory_format=memory_format(x.device))
 
 
 def to_bytes(images):
@@ -958,7 +982,7 @@ def ssim(a, b):
 
 def codebook_metrics(histogram):
     """Perplexity, usage and bits per index of a code histogram (K,)."""
-    histogram = histogram.double().cpu()
+    histogram = histogram.cpu().double()  # Apple GPUs have no float64
     p = histogram / histogram.sum()
     entropy = -torch.special.xlogy(p, p).sum().item()  # nats
     return {
@@ -1002,7 +1026,7 @@ def evaluate(model, images, codebook_size, batch_size=500, dtype=torch.float32):
             y8 = to_bytes(y).float() / 255
             error = y8 - x
             rows.append(torch.stack([error.square().mean((1, 2, 3)), (error * luma).sum(1).square().mean((1, 2)),
-                                     ssim(y8, x) if x.shape[-1] >= 11 else x.new_full((len(x),), math.nan),
+                                     ssim(y8, x) if x.shape[-1] >= 11 else x.new_zeros(len(x)),
                                      (y - x).square().mean((1, 2, 3))], 1))  # (B, 4)
             distance = (z - z_q.float()).square().sum(1).mean()
             latent_rows.append(torch.stack([loss.float(), distance]) * len(x))
@@ -1015,7 +1039,7 @@ def evaluate(model, images, codebook_size, batch_size=500, dtype=torch.float32):
         "psnr": psnr(mse).item(),
         "psnr_per_image": psnr(rows[:, 0]).mean().item(),
         "psnr_y": psnr(rows[:, 1]).mean().item(),
-        "ssim": rows[:, 2].mean().item(),
+        **({"ssim": rows[:, 2].mean().item()} if images.shape[1] >= 11 else {}),  # the window needs 11 pixels
         "mse": mse.item(),
         "recon_loss": rows[:, 3].mean().item(),
         "commitment_loss": loss,
@@ -1028,10 +1052,12 @@ def evaluate(model, images, codebook_size, batch_size=500, dtype=torch.float32):
 
 @contextlib.contextmanager
 def _eval_mode(model):
+    """Eval mode and true float32 convolutions (TF32 would move indices and SSIM)."""
     was_training = model.training
     model.eval()
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
     finally:
         model.train(was_training)
 
@@ -1067,7 +1093,7 @@ def atomic_write(path, write):
 
 
 def write_json(path, values):
-    atomic_write(path, lambda file: file.write((json.dumps(values, indent=2) + "\n").encode()))
+    atomic_write(path, lambda file: file.write((json.dumps(values, indent=2, allow_nan=False) + "\n").encode()))
 
 
 def read_checkpoint(path):
@@ -1122,8 +1148,11 @@ def checkpoints(folder):
 
 
 def identity(config):
-    """The settings that decide a run's result (not where it runs or writes)."""
-    return {key: value for key, value in config.to_dict().items() if key not in NOT_IDENTITY}
+    """The settings that decide a run's result (not where it runs or writes); a folder of images is one."""
+    own = {key: value for key, value in config.to_dict().items() if key not in NOT_IDENTITY}
+    if config.dataset == "folder":
+        own["data_dir"] = str(Path(config.data_dir).resolve())
+    return own
 
 
 def check_run_folder(config):
@@ -1132,8 +1161,14 @@ def check_run_folder(config):
     stored = folder / "config.yaml"
     if config.overwrite and config.resume:
         raise UserError("resume and overwrite contradict each other; drop one")
-    if not stored.exists():
-        if folder.exists() and (not folder.is_dir() or any(path.name != ".lock" for path in folder.iterdir())):
+    try:
+        is_run = stored.exists()
+        occupied = not is_run and folder.exists() and (
+            not folder.is_dir() or any(path.name != ".lock" for path in folder.iterdir()))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot look here ({error.strerror}); choose another --out_dir") from error
+    if not is_run:
+        if occupied:
             raise UserError(f"{folder}: exists and is not a run of this project; choose another --name")
         if config.resume:
             raise UserError(f"{folder}: no run to resume; drop --resume to start one")
@@ -1167,15 +1202,15 @@ def locked(folder):
 
 
 def clear_run_folder(folder):
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
+    """Delete what a run writes, and nothing else."""
+    for name in ("config.yaml", "metrics.jsonl", "timing.jsonl", "final_model.pt", "final_metrics.json", "eval_metrics.json",
+                 "reconstructions.png", "codebook_usage.png", "wandb_id", *(path.name for path in checkpoints(folder))):
+        (folder / name).unlink(missing_ok=True)
 
 
 def config_yaml(config):
-    return yaml.safe_dump(config.to_dict(), sort_keys=False)
+    """The config as YAML, without the two flags that belong to one call, not to the run."""
+    return yaml.safe_dump(dataclasses.replace(config, overwrite=False, resume=False).to_dict(), sort_keys=False)
 
 
 def save_checkpoint(folder, position, model, optimizer, config, step, losses, histogram):
@@ -1214,7 +1249,7 @@ def reconstruction_picture(model, images, path):
 
 def usage_picture(histogram, title, path):
     """PNG: sorted share of each code (K,), log axis, against uniform use."""
-    share = np.sort(histogram.double().cpu().numpy())[::-1] / histogram.sum().item()
+    share = np.sort(histogram.cpu().double().numpy())[::-1] / histogram.sum().item()
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.step(np.arange(1, len(share) + 1), np.where(share > 0, share, np.nan), where="mid", color="#0072B2",
@@ -1299,8 +1334,7 @@ class _Signals:
             return self.received
         if step % 20:
             return None
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        signum = torch.tensor(self.received or 0, device=device)
+        signum = torch.tensor(self.received or 0)
         dist.all_reduce(signum, dist.ReduceOp.MAX)
         return signum.item() or None
 
@@ -1313,11 +1347,18 @@ def start_wandb(config, folder):
         import wandb
     except ImportError as error:
         raise UserError("wandb is not installed: pip install wandb, or drop --wandb") from error
-    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    id_file = folder / "wandb_id"
+    run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
+    atomic_write(id_file, lambda file: file.write(run_id.encode()))
+    options = dict(project="vq-codebook-utilization", name=config.name, id=run_id, resume="allow", dir=str(folder),
+                   config=config.to_dict())
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     say(f"wandb: {mode}, run id {run_id}")
-    return wandb.init(project="vq-codebook-utilization", name=config.name, id=run_id, resume="allow", mode=mode,
-                      dir=str(folder), config=config.to_dict())
+    try:
+        return wandb.init(mode=mode, settings=wandb.Settings(init_timeout=20), **options)
+    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+        say(f"wandb: cannot reach the server ({str(error).splitlines()[0]}); logging offline")
+        return wandb.init(mode="offline", **options)
 
 
 def start_processes():
@@ -1325,7 +1366,8 @@ def start_processes():
     if "RANK" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # the first process may be downloading
 
 
 def on_first_process(function, *arguments):
@@ -1362,12 +1404,14 @@ def train(config, quantizer=None):
     train_set, val_set = training_images(config)
     test_set = test_images(config)
     train_set = train_set.to(device)
-    batch_size = min(config.batch_size, len(train_set))
+    batch_size = min(config.batch_size, len(train_set)) // world_size() * world_size()
+    if batch_size == 0:
+        raise UserError(f"train_subset: {len(train_set)} images are too few for {world_size()} processes")
     steps_per_epoch = len(train_set) // batch_size
     total_steps = steps_per_epoch * config.epochs
     warmup_steps = int(config.warmup_fraction * total_steps)
 
-    model = make_model(config, quantizer).to(device, memory_format=torch.channels_last)
+    model = make_model(config, quantizer).to(device, memory_format=memory_format(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
     if config.compile:
         model.encoder.compile()
@@ -1378,6 +1422,7 @@ def train(config, quantizer=None):
         wandb_run = start_wandb(config, folder)
         local = slice(rank() * batch_size // world_size(), (rank() + 1) * batch_size // world_size())
         set_progress = getattr(model.quantizer, "set_progress", lambda progress: None)
+        how_to_resume = "the same command" + (" without --overwrite" if config.overwrite else "") + " resumes"
 
         while step < total_steps:
             epoch, start = divmod(step, steps_per_epoch)
@@ -1402,11 +1447,11 @@ def train(config, quantizer=None):
                     check_finite(losses[:i + 1], epoch * steps_per_epoch)
                 if signum and i + 1 < steps_per_epoch:
                     save_checkpoint(folder, (epoch, i + 1), model, optimizer, config, step, losses, histogram)
-                    raise Interrupted(f"stopped at step {step} of {total_steps}; the same command resumes", signum)
+                    raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
 
             check_finite(losses, epoch * steps_per_epoch)
+            seconds = time.perf_counter() - began  # check_finite has waited for the device
             record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
-            seconds = time.perf_counter() - began
             if rank() == 0:
                 timing = {"epoch": epoch + 1, "seconds": seconds,
                           "images_per_second": len(progress) * batch_size / seconds}
@@ -1416,7 +1461,7 @@ def train(config, quantizer=None):
             save_checkpoint(folder, (epoch + 1, 0), model, optimizer, config, step, losses, histogram)
             signum = signals.agreed(0)
             if signum and step < total_steps:
-                raise Interrupted(f"stopped at step {step} of {total_steps}; the same command resumes", signum)
+                raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
 
         metrics = on_first_process(finish_run, config, folder, model, train_set, test_set)
         if wandb_run:
@@ -1516,6 +1561,9 @@ def finish_run(config, folder, model, train_set, test_set):
     usage_picture(histogram, f"{config.name}: perplexity {metrics['perplexity']:.0f} of {config.codebook_size}",
                   folder / "codebook_usage.png")
     write_json(folder / "final_metrics.json", metrics)
+    if config.codebook_size > metrics["num_indices"] / 10:
+        say(f"note: {metrics['num_indices']} test indices are few for {config.codebook_size} codes; usage and perplexity "
+            "cannot reach K")
     say(f"{folder}: PSNR {metrics['psnr']:.2f} dB, perplexity {metrics['perplexity']:.1f} of {config.codebook_size}, "
         f"usage {metrics['usage_rate']:.1%}")
     return metrics
@@ -1534,7 +1582,9 @@ def run_command(main):
     except KeyboardInterrupt:
         print("stopped before training began; nothing is lost", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory: lower --batch_size, --hidden_dim or --codebook_size ({str(error).split('. ')[0]})",
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|enough memory", str(error)):
+            raise
+        print(f"error: out of memory: lower --batch_size, --hidden_dim or --codebook_size ({str(error).split('. ')[0]})",
               file=sys.stderr)
         return 2

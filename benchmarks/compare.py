@@ -5,7 +5,7 @@
     python benchmarks/compare.py --summary              # results/compare/*.json -> results/summary.md
 
 One JSON per run goes to results/compare/; runs that have one are skipped, so the command can be repeated
-after an interruption. The methods are the rows of METHODS (own quantizers) and of peers.PEERS.
+after an interruption. The methods are the rows of METHODS.
 """
 
 import argparse
@@ -49,9 +49,12 @@ def run(method, size, dim, seed, extra, threads):
     config, _ = train.config_from(flags)
     name = run_name(method, size, dim, seed, config)
     target = RESULTS / f"{name}.json"
-    if target.exists():
-        return f"{name}: done before"
     config = vqvae.dataclasses.replace(config, name=name)
+    if target.exists():
+        stored = vqvae.Config.from_dict(json.loads(target.read_text())["config"])
+        if vqvae.identity(stored) != vqvae.identity(config):
+            raise vqvae.UserError(f"{target}: holds a run of other settings; move results/compare/ away first")
+        return f"{name}: done before"
     metrics = vqvae.train(config)
     timing = [json.loads(line) for line in (Path(config.out_dir) / name / "timing.jsonl").read_text().splitlines()]
     command = f"python benchmarks/compare.py --methods {method} --codebook_sizes {size} --latent_dims {dim} --seeds {seed}"
@@ -61,12 +64,12 @@ def run(method, size, dim, seed, extra, threads):
 
 
 def load_results():
-    """All result records, grouped: {(K, D, hidden, epochs): {method: {seed: record}}}."""
+    """All result records, grouped: {(data set, K, D, hidden, epochs): {method: {seed: record}}}."""
     groups = {}
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
         c = record["config"]
-        key = (c["codebook_size"], c["latent_dim"], c["hidden_dim"], c["epochs"])
+        key = (c["dataset"], c["codebook_size"], c["latent_dim"], c["hidden_dim"], c["epochs"])
         groups.setdefault(key, {}).setdefault(record["method"], {})[record["seed"]] = record
     return groups
 
@@ -86,9 +89,8 @@ def summary():
              "Test set, hard indices, eval mode; mean ± standard deviation over seeds. ΔPSNR is the mean difference to",
              f"`{REFERENCE}` (tuned) over paired seeds, p the two-sided paired t-test of it. Made by "
              "`python benchmarks/compare.py --summary` from `results/compare/*.json`; each file holds its command.", ""]
-    for (size, dim, hidden, epochs), methods in sorted(load_results().items()):
-        any_record = next(iter(next(iter(methods.values())).values()))
-        lines += [f"## K={size}, D={dim}, hidden {hidden}, {epochs} epochs, {any_record['config']['dataset']}", "",
+    for (dataset, size, dim, hidden, epochs), methods in sorted(load_results().items()):
+        lines += [f"## {dataset}, K={size}, D={dim}, hidden {hidden}, {epochs} epochs", "",
                   "| method | seeds | PSNR dB | perplexity | perplexity/K | usage | ΔPSNR dB | p |",
                   "|---|---|---|---|---|---|---|---|"]
         for method, runs in sorted(methods.items(), key=lambda item: -max(r["psnr"] for r in item[1].values())):

@@ -71,7 +71,7 @@ def test_the_yaml_files_are_read_and_valid(capsys):
 def test_entropy_weight_takes_inf(capsys):
     for word in ("inf", "0", "10"):
         code, out, _ = run(capsys, "--entropy_weight", word, "--dry_run")
-        assert code == 0 and yaml.safe_load(out)["entropy_weight"] == float(word)
+        assert code == 0 and float(yaml.safe_load(out)["entropy_weight"]) == float(word)
 
 
 def test_help_names_every_setting(capsys):

@@ -131,6 +131,10 @@ def test_rfid_of_perfect_reconstructions_is_zero(stand_in):
     got = eval_cifar.inception_metrics(Identity(), images, network, 7)
     assert got["rfid"] == pytest.approx(0, abs=1e-6)
     features, p = network(images)
+    from cleanfid.inception_torchscript import InceptionV3W
+    resized = torch.from_numpy(np.stack([network.resize(image) for image in images.numpy()])).permute(0, 3, 1, 2)
+    theirs = InceptionV3W(str(stand_in.parent), download=False)(resized)  # clean-fid's own normalisation
+    assert torch.allclose(features, theirs, atol=1e-5)
     x = torch.nn.functional.softmax(network.network.output(features), 1)
     assert features.shape == (30, 2048) and torch.allclose(p, x, atol=1e-6)
 

@@ -38,6 +38,12 @@ def test_the_table_is_the_documented_one():
     assert runs == expected and len(run_gpu_experiments.RUNS) == 8
 
 
+def test_the_sweep_and_the_documented_lines_have_names_of_their_own():
+    from test_cli import USERS_LINES
+    swept = {run[0] for run in run_gpu_experiments.RUNS}
+    assert not swept & {line.split()[9] for line in USERS_LINES}
+
+
 def test_dry_run_and_print_commands_write_nothing(script, tmp_path):
     code, out, _ = script("run_gpu_experiments.py", "--dry_run")
     assert code == 0 and len(out.splitlines()) == 8 and "K=1024" in out
@@ -61,14 +67,14 @@ def test_the_sweep_runs_skips_what_is_done_and_summarises(script, tmp_path):
     assert code == 0, (out, err)
     folder = tmp_path / "experiments"
     summary = json.loads((folder / "gpu_run_summary.json").read_text())
-    assert set(summary["runs"]) == {"vq_ema_k256_cosine", "ba_vq_k256_cosine"}
+    assert set(summary["runs"]) == {"gpu_vq_ema_k256_cosine", "gpu_ba_vq_k256_cosine"}
     pair, = summary["differences"]
-    assert pair["psnr"] == pytest.approx(summary["runs"]["ba_vq_k256_cosine"]["psnr"]
-                                         - summary["runs"]["vq_ema_k256_cosine"]["psnr"])
+    assert pair["psnr"] == pytest.approx(summary["runs"]["gpu_ba_vq_k256_cosine"]["psnr"]
+                                         - summary["runs"]["gpu_vq_ema_k256_cosine"]["psnr"])
     assert "BA-VQ over VQ-EMA" in out and (folder / "summary.png").stat().st_size > 5000
-    before = (folder / "ba_vq_k256_cosine" / "final_model.pt").stat().st_mtime_ns
+    before = (folder / "gpu_ba_vq_k256_cosine" / "final_model.pt").stat().st_mtime_ns
     assert script("run_gpu_experiments.py", *words)[0] == 0
-    assert (folder / "ba_vq_k256_cosine" / "final_model.pt").stat().st_mtime_ns == before
+    assert (folder / "gpu_ba_vq_k256_cosine" / "final_model.pt").stat().st_mtime_ns == before
     # The user's own loop over the results.
     loop = ('for exp in experiments/*/final_metrics.json; do\n  echo "$(dirname $exp):"\n  python -c "import json; '
             "m=json.load(open('$exp')); print(f\\\"  PSNR: {m['psnr']:.2f} dB, Perplexity: {m['perplexity']:.1f}, "
@@ -79,25 +85,25 @@ def test_the_sweep_runs_skips_what_is_done_and_summarises(script, tmp_path):
 
 
 def test_a_failing_run_does_not_stop_the_others(script, tmp_path):
-    taken = tmp_path / "experiments" / "vq_ema_k256_cosine"
+    taken = tmp_path / "experiments" / "gpu_vq_ema_k256_cosine"
     taken.mkdir(parents=True)
     (taken / "foreign.txt").write_text("in the way")
     code, out, err = script("run_gpu_experiments.py", "--only", "k256_cosine", "--epochs", "1", *SMALL)
     summary = json.loads((tmp_path / "experiments" / "gpu_run_summary.json").read_text())
-    assert code == 1 and "failed: vq_ema_k256_cosine" in err
-    assert summary["status"] == {"vq_ema_k256_cosine": "exit code 2", "ba_vq_k256_cosine": "finished"}
-    assert "not a run" in (tmp_path / "experiments" / "vq_ema_k256_cosine.log").read_text()
+    assert code == 1 and "failed: gpu_vq_ema_k256_cosine" in err
+    assert summary["status"] == {"gpu_vq_ema_k256_cosine": "exit code 2", "gpu_ba_vq_k256_cosine": "finished"}
+    assert "not a run" in (tmp_path / "experiments" / "gpu_vq_ema_k256_cosine.log").read_text()
 
 
 def test_a_hanging_run_is_killed(script, tmp_path):
     code, _, err = script("run_gpu_experiments.py", "--only", "ba_vq_k256_cosine", "--timeout", "1", "--epochs", "5000", *SMALL)
     summary = json.loads((tmp_path / "experiments" / "gpu_run_summary.json").read_text())
-    assert code == 1 and summary["status"]["ba_vq_k256_cosine"] == "timeout after 1 s"
+    assert code == 1 and summary["status"]["gpu_ba_vq_k256_cosine"] == "timeout after 1 s"
 
 
 def test_the_sweep_stops_cleanly(tmp_path):
     command = [sys.executable, str(ROOT / "run_gpu_experiments.py"), "--only", "ba_vq_k256_cosine", "--epochs", "5000", *SMALL]
-    log = tmp_path / "experiments" / "ba_vq_k256_cosine.log"
+    log = tmp_path / "experiments" / "gpu_ba_vq_k256_cosine.log"
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         deadline = time.time() + 120

@@ -240,17 +240,76 @@ def test_the_classical_recipe_has_no_warm_up():
     assert vqvae.Config(quantizer="vq_ema").warmup_fraction == vqvae.Config().warmup_fraction > 0
 
 
-def test_wandb_without_login_is_offline_and_keeps_its_id(tiny, tmp_path):
+@pytest.mark.parametrize("login", [False, True])
+def test_wandb_never_blocks_without_login_or_network(tiny, tmp_path, login):
     pytest.importorskip("wandb")
     flags = [w for k, v in tiny(epochs=1).items() for w in (f"--{k}", str(v))]
     environment = {**os.environ, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "OMP_NUM_THREADS": "1"}
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         environment.pop(name, None)
-    command = [sys.executable, str(ROOT / "train.py"), *flags, "--wandb"]
+    if login:
+        environment.update(WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
+    folder = tmp_path / "experiments" / "tiny"
     ids = []
-    for extra in ([], ["--overwrite"], ["--no_wandb", "--overwrite"]):
-        done = subprocess.run([*command, *extra], env=environment, capture_output=True, text=True, timeout=120,
-                              stdin=subprocess.DEVNULL)
+    for extra in ([], [], ["--overwrite"], ["--overwrite", "--no_wandb"])[:1 if login else 4]:
+        (folder / "final_metrics.json").unlink(missing_ok=True)  # so that the second call resumes
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--wandb", *extra], env=environment,
+                              capture_output=True, text=True, timeout=150, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
-        ids += [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("wandb: offline, run id")]
-    assert len(ids) == 2 and ids[0] == ids[1]
+        assert list((folder / "wandb").glob("offline-run-*"))
+        ids.append((folder / "wandb_id").read_text() if (folder / "wandb_id").exists() else None)
+    if not login:
+        assert ids[0] == ids[1] != ids[2] and ids[2] and ids[3] is None
+
+
+def test_overwrite_deletes_only_what_a_run_writes(tiny_config, tmp_path):
+    folder = tmp_path / "experiments" / "tiny"
+    vqvae.train(tiny_config(epochs=1))
+    (folder / "notes.txt").write_text("mine")
+    (folder / "src").mkdir()
+    (folder / "src" / "code.py").write_text("mine too")
+    vqvae.train(tiny_config(epochs=1, lr=0.01, overwrite=True))
+    assert (folder / "notes.txt").exists() and (folder / "src" / "code.py").exists()
+    assert "overwrite: false" in (folder / "config.yaml").read_text()  # the stored config can be used again
+
+
+def test_another_image_folder_is_another_run(tmp_path, tiny_config):
+    one, two = (tiny_config(dataset="folder", data_dir=str(tmp_path / name)) for name in "ab")
+    assert vqvae.identity(one) != vqvae.identity(two)
+    assert vqvae.identity(tiny_config(data_dir="a")) == vqvae.identity(tiny_config(data_dir="b"))
+
+
+def test_artefacts_are_strict_json(tiny_config):
+    config = tiny_config(epochs=1, entropy_weight=float("inf"))
+    vqvae.train(config)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    stored = json.loads((vqvae.Path(config.out_dir) / "tiny" / "final_metrics.json").read_text(), parse_constant=refuse)
+    assert vqvae.Config.from_dict(stored["config"]).entropy_weight == float("inf")
+
+
+def test_compile_trains_and_its_model_loads(tiny_config):
+    config = tiny_config(epochs=1, compile=True)
+    vqvae.train(config)
+    model, _ = vqvae.load_model(vqvae.Path(config.out_dir) / "tiny" / "final_model.pt")
+    assert not [name for name in model.state_dict() if "_orig_mod" in name]
+
+
+def test_no_host_sync_in_a_training_step():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = str(function)
+            assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "lift_fresh")), name
+            return function(*args, **(kwargs or {}))
+
+    for quantizer in ("vq_ema", "ba_vq"):
+        model = vqvae.make_model(vqvae.Config(hidden_dim=8, latent_dim=4, codebook_size=8, quantizer=quantizer)).train()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        x = torch.rand(2, 3, 32, 32)
+        vqvae.train_step(model, optimizer, x, torch.float32)
+        with Watch():
+            vqvae.train_step(model, optimizer, x, torch.float32)
