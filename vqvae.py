@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import secrets
 import signal
 import sys
 import tarfile
@@ -1348,7 +1349,7 @@ def start_wandb(config, folder):
     except ImportError as error:
         raise UserError("wandb is not installed: pip install wandb, or drop --wandb") from error
     id_file = folder / "wandb_id"
-    run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
+    run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(6)
     atomic_write(id_file, lambda file: file.write(run_id.encode()))
     options = dict(project="vq-codebook-utilization", name=config.name, id=run_id, resume="allow", dir=str(folder),
                    config=config.to_dict())
@@ -1358,6 +1359,7 @@ def start_wandb(config, folder):
         return wandb.init(mode=mode, settings=wandb.Settings(init_timeout=20), **options)
     except (wandb.errors.CommError, wandb.errors.UsageError) as error:
         say(f"wandb: cannot reach the server ({str(error).splitlines()[0]}); logging offline")
+        wandb.teardown()  # or its service still holds the id
         return wandb.init(mode="offline", **options)
 
 
