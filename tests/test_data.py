@@ -81,12 +81,14 @@ def test_folder_reads_odd_images(tmp_path):
     assert vqvae.test_images(folder_config(tmp_path)).shape == (1, 16, 16, 3)
 
 
-def test_folder_without_splits_keeps_every_tenth_for_the_test(tmp_path):
-    for i in range(20):
-        save(tmp_path / "class" / f"{i:02d}.png", np.full((16, 16, 3), i, np.uint8))
-    train, val = vqvae.training_images(folder_config(tmp_path))
-    assert vqvae.test_images(folder_config(tmp_path))[:, 0, 0, 0].tolist() == [9, 19]
-    assert train[:, 0, 0, 0].tolist() + val[:, 0, 0, 0].tolist() == [i for i in range(20) if i % 10 != 9]
+def test_folder_without_splits_keeps_a_tenth_for_the_test(tmp_path):
+    for i in range(40):
+        save(tmp_path / f"class{i // 20}" / f"{i:02d}.png", np.full((16, 16, 3), i, np.uint8))
+    train, val = vqvae.training_images(folder_config(tmp_path, val_size=10))
+    test = vqvae.test_images(folder_config(tmp_path))
+    seen = [images[:, 0, 0, 0].tolist() for images in (train, val, test)]
+    assert [len(part) for part in seen] == [26, 10, 4] and sorted(sum(seen, [])) == list(range(40))
+    assert {value // 20 for value in seen[1]} == {0, 1}  # no split is one class
 
 
 def bomb(path):

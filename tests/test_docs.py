@@ -71,6 +71,9 @@ def test_the_lifting_snippet_works():
     snippet = re.search(r"## Lifting.*?```python\n(.*?)```", text, re.S).group(1)
     names = {"z": torch.randn(2, 64, 4, 4), "step": 1, "total_steps": 10}
     exec(snippet, names)
+    swap = re.search(r"stood:\n\n```python\n(.*?)```", text, re.S).group(1)
+    exec(swap, names)
+    assert names["quantized"].shape == (2, 64, 4, 4)
     assert names["codes"].shape == (2, 4, 4, 64) and names["loss"].shape == ()
     assert len(snippet.strip().splitlines()) == 5
 
