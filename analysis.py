@@ -116,12 +116,6 @@ def _mean_and_spread(group, key, form):
     return form.format(mean) + (f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else "")
 
 
-def label(record):
-    """Short name of a run for a legend."""
-    config = record["config"]
-    return f"{record['method']}, K={config['codebook_size']}, {config['metric']}"
-
-
 def look(record, number):
     """(color, marker, line style) of a run: color and marker by quantizer, line by position."""
     color, marker, _ = STYLE[record["config"]["quantizer"]]
@@ -137,7 +131,7 @@ def training_curves(folders):
         lines = [line for line in lines if "train_perplexity" in line]  # without epochs of warm-up
         split = "val" if "val_psnr" in lines[-1] else "train"
         color, marker, style = look(record, number // 2)
-        options = dict(color=color, marker=marker, linestyle=style, markersize=4, label=label(record))
+        options = dict(color=color, marker=marker, linestyle=style, markersize=4, label=record["name"])
         epochs = [line["epoch"] for line in lines]
         if split == "val":
             left.plot(epochs, [line["val_psnr"] for line in lines], **options)
