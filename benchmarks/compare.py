@@ -24,6 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import peers  # noqa: E402
 import train  # noqa: E402
 import vqvae  # noqa: E402
 
@@ -33,6 +34,8 @@ METHODS = {
     "vq_ema_decay0.8": ["--quantizer", "vq_ema", "--ema_decay", "0.8"],
     "ba_vq": ["--quantizer", "ba_vq", "--entropy_weight", "inf"],
     "ba_vq_lambda10": ["--quantizer", "ba_vq", "--entropy_weight", "10"],
+    # peers.py builds these; the flags are their settings of the loop
+    **{name: ["--quantizer", "vq_ema"] for name in peers.PEERS},
 }
 RESULTS = ROOT / "results" / "compare"
 REFERENCE = "vq_ema"  # differences are taken to this method, seed by seed
@@ -55,7 +58,9 @@ def run(method, size, dim, seed, extra, threads):
         if vqvae.identity(stored) != vqvae.identity(config):
             raise vqvae.UserError(f"{target}: holds a run of other settings; move results/compare/ away first")
         return f"{name}: done before"
-    metrics = vqvae.train(config)
+    torch.manual_seed(seed)
+    quantizer = peers.PEERS[method](config) if method in peers.PEERS else None
+    metrics = vqvae.train(config, quantizer)
     timing = [json.loads(line) for line in (Path(config.out_dir) / name / "timing.jsonl").read_text().splitlines()]
     command = f"python benchmarks/compare.py --methods {method} --codebook_sizes {size} --latent_dims {dim} --seeds {seed}"
     vqvae.write_json(target, {"method": method, "command": " ".join([command, *extra]), "torch": torch.__version__,
