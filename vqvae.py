@@ -1082,13 +1082,22 @@ def atomic_write(path, write):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with _writing(path), open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            os.replace(temporary, path)
+    except UserError:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _writing(path):
+    """Failures to write `path` become one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise UserError(f"{path}: cannot write ({error}); free space or fix permissions, "
                         "then run the same command again to resume") from error
 
@@ -1165,7 +1174,7 @@ def check_run_folder(config):
     try:
         is_run = stored.exists()
         occupied = not is_run and folder.exists() and (
-            not folder.is_dir() or any(path.name != ".lock" for path in folder.iterdir()))
+            not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir()))
     except OSError as error:
         raise UserError(f"{folder}: cannot look here ({error.strerror}); choose another --out_dir") from error
     if not is_run:
@@ -1506,7 +1515,7 @@ def keep_lines(path, count):
 
 
 def append_json_line(path, values):
-    with open(path, "a") as file:
+    with _writing(path), open(path, "a") as file:
         file.write(json.dumps(values) + "\n")
         file.flush()
         os.fsync(file.fileno())
