@@ -15,7 +15,8 @@ from conftest import ROOT
 
 CRASHES = int(os.environ.get("CRASHES", 8))
 
-# torch and vqvae are imported once; every attempt is a fork of that process, killed by its parent.
+# torch and vqvae are imported once; every attempt is a fork of that process. Every second one is killed by its parent at
+# any moment, the others kill themselves just before or just after a write reaches the disk or gets its final name.
 SUPERVISOR = """
 import os, random, signal, sys, time
 sys.path.insert(0, {root!r})
@@ -23,21 +24,31 @@ import train, vqvae
 vqvae.torch.set_num_threads(1)
 vqvae.DEAD_LEAVES_SIZES = {{True: 200, False: 60}}
 flags, crashes, longest = sys.argv[3:], int(sys.argv[1]), float(sys.argv[2])
-kills, seed = 0, random.Random(0)
-while True:
-    began = time.monotonic()
+seed = random.Random(0)
+
+def deadly(function, countdown, after):
+    def call(*arguments):
+        countdown[0] -= 1
+        if countdown[0] == 0 and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        function(*arguments)
+        if countdown[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return call
+
+for attempt in range(crashes + 1):
+    countdown, after, pause = [seed.randint(1, 9)], seed.random() < 0.5, seed.uniform(0, longest)
     child = os.fork()
     if child == 0:
+        if attempt % 2 and attempt < crashes:
+            os.fsync, os.replace = (deadly(f, countdown, after) for f in (os.fsync, os.replace))
         os._exit(vqvae.run_command(lambda: train.main(flags)) or 0)
-    if kills < crashes:
-        time.sleep(seed.uniform(0, longest))
+    if attempt % 2 == 0 and attempt < crashes:
+        time.sleep(pause)
         os.kill(child, signal.SIGKILL)
-        kills += 1
-        if os.waitpid(child, 0)[1] == 0:
-            break  # it had already finished
-    else:
-        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print("kills", kills)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), code
+print("killed", crashes, "times")
 """
 
 
@@ -59,7 +70,7 @@ def assert_same_run(one, other):
 
 def test_killed_at_random_moments(tiny, tmp_path):
     def run(name, crashes, longest):
-        words = flags_of(tiny(name=name, epochs=3 * CRASHES))
+        words = flags_of(tiny(name=name, epochs=4 * CRASHES))
         done = subprocess.run([sys.executable, "-c", SUPERVISOR.format(root=str(ROOT)), str(crashes), str(longest), *words],
                               capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stderr
@@ -69,7 +80,7 @@ def test_killed_at_random_moments(tiny, tmp_path):
     whole, _ = run("whole", 0, 0)
     seconds = time.monotonic() - began
     killed, output = run("killed", CRASHES, min(2.0, seconds / 4))
-    assert "resuming" in output
+    assert output.count("resuming") > CRASHES / 2
     assert_same_run(whole, killed)
     assert not [path for path in killed.iterdir() if path.name.endswith(".pt") and path.stat().st_size == 0]
 
