@@ -116,20 +116,24 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def inception_metrics(model, images, inception, batch_size):
-    """r-FID and r-IS of a model's reconstructions of images uint8 (N, S, S, 3), as a dict."""
+def original_features(images, inception, batch_size):
+    """Features (N, 2048) of images uint8 (N, S, S, 3)."""
+    batches = tqdm(images.split(batch_size), desc="inception, originals", disable=None)
+    return torch.cat([inception(batch)[0] for batch in batches])
+
+
+def inception_metrics(model, images, originals, inception, batch_size):
+    """r-FID and r-IS of a model's reconstructions of images uint8 (N, S, S, 3), with features `originals`, as a dict."""
     device = next(model.parameters()).device
-    sides = ([], [])  # of originals and reconstructions: features, and of the latter probabilities
-    probabilities = []
-    for batch in tqdm(images.split(batch_size), desc="inception", disable=None):
+    features, probabilities = [], []
+    for batch in tqdm(images.split(batch_size), desc="inception, reconstructions", disable=None):
         with torch.no_grad():
             y = vqvae.to_bytes(model(vqvae.to_float(batch.to(device))).images).permute(0, 2, 3, 1)
-        sides[0].append(inception(batch)[0])
-        features, p = inception(y)
-        sides[1].append(features)
+        f, p = inception(y)
+        features.append(f)
         probabilities.append(p)
     mean, deviation = inception_score(torch.cat(probabilities))
-    return {"rfid": frechet_distance(torch.cat(sides[0]), torch.cat(sides[1])),
+    return {"rfid": frechet_distance(originals, torch.cat(features)),
             "ris": mean, "ris_std": deviation, "inception_images": len(images)}
 
 
@@ -165,8 +169,11 @@ def parse(argv):
     return options
 
 
-def evaluate_checkpoint(path, options, device, inception):
-    """All metrics of one checkpoint; `inception` is None to leave out r-FID and r-IS."""
+def evaluate_checkpoint(path, options, device, inception, originals):
+    """All metrics of one checkpoint; `inception` is None to leave out r-FID and r-IS.
+
+    originals: {data set: Inception features of its test images}, filled here and shared by all checkpoints.
+    """
     model, config = vqvae.load_model(path, device)
     changes = {key: getattr(options, key) for key in ("data_dir", "test_subset") if getattr(options, key) is not None}
     config = dataclasses.replace(config, **changes)
@@ -177,7 +184,10 @@ def evaluate_checkpoint(path, options, device, inception):
                **vqvae.evaluate(model, images, config.codebook_size, options.batch_size)}
     if inception is not None:
         network, source = inception
-        metrics.update(inception_metrics(model, images, network, options.batch_size), **source)
+        data = (config.dataset, config.data_dir, config.image_size, config.test_subset)
+        if data not in originals:
+            originals[data] = original_features(images, network, options.batch_size)
+        metrics.update(inception_metrics(model, images, originals[data], network, options.batch_size), **source)
     vqvae.write_json(path.parent / "eval_metrics.json", metrics)
     vqvae.reconstruction_picture(model, images[:16], path.parent / "reconstructions.png")
     vqvae.usage_picture(vqvae.code_histogram(model, images, config.codebook_size),
@@ -214,7 +224,8 @@ def main(argv=None):
             if options.inception is not None:
                 raise
             missing = error
-    rows = [evaluate_checkpoint(path, options, device, inception) for path in paths]
+    originals = {}
+    rows = [evaluate_checkpoint(path, options, device, inception, originals) for path in paths]
     print_table(rows)
     if missing is not None:
         print(f"error: r-FID and r-IS are missing: {missing}; then give it as --inception FILE", file=sys.stderr)

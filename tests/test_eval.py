@@ -128,7 +128,8 @@ def test_rfid_of_perfect_reconstructions_is_zero(stand_in):
 
     images = torch.randint(0, 256, (30, 32, 32, 3), dtype=torch.uint8)
     network = eval_cifar.Inception(stand_in, "clean", "cpu")
-    got = eval_cifar.inception_metrics(Identity(), images, network, 7)
+    originals = eval_cifar.original_features(images, network, 11)
+    got = eval_cifar.inception_metrics(Identity(), images, originals, network, 7)
     assert got["rfid"] == pytest.approx(0, abs=1e-6)
     features, p = network(images)
     from cleanfid.inception_torchscript import InceptionV3W
@@ -185,6 +186,22 @@ def test_a_folder_stands_for_all_runs_below(run_folder, tiny_config, capsys):
     assert eval_cifar.main(["--checkpoint", str(run_folder.parent), "--no_fid"]) == 0
     out = capsys.readouterr().out
     assert "tiny/final_model.pt" in out and "other/final_model.pt" in out
+
+
+def test_several_checkpoints_share_the_originals(run_folder, tiny_config, stand_in, monkeypatch):
+    vqvae.train(tiny_config(epochs=1, name="other", quantizer="vq_ema"))
+    alone = {}
+    for name in ("tiny", "other"):
+        path = run_folder.parent / name
+        eval_cifar.main(["--checkpoint", str(path), "--inception", str(stand_in)])
+        alone[name] = json.loads((path / "eval_metrics.json").read_text())
+    calls = []
+    compute = eval_cifar.original_features
+    monkeypatch.setattr(eval_cifar, "original_features", lambda *arguments: calls.append(1) or compute(*arguments))
+    eval_cifar.main(["--checkpoint", str(run_folder.parent), "--inception", str(stand_in)])
+    together = {name: json.loads((run_folder.parent / name / "eval_metrics.json").read_text()) for name in alone}
+    assert len(calls) == 1 and alone["tiny"]["rfid"] != alone["other"]["rfid"]
+    assert all(together[name]["rfid"] == alone[name]["rfid"] for name in alone)
 
 
 @pytest.mark.parametrize("words", [

@@ -1,0 +1,189 @@
+"""Time and memory of one quantizer step (forward with codebook update) against K, D and N.
+
+    python benchmarks/quantizer_step.py                           # ratios in time, alternating, median of the rounds
+    python benchmarks/quantizer_step.py --memory                  # extra peak memory of a BA-VQ step, a process per size
+    python benchmarks/quantizer_step.py --codebook_sizes 512,65536 --latent_dims 8 --rounds 3 --device cuda
+
+Peers are VectorQuantize (EMA) and SimVQ of vector-quantize-pytorch, behind the same adapter. The floor is the larger of
+the arithmetic over the measured matrix rate and the bytes over the measured copy rate. Results go to
+results/speed/quantizer_step_DEVICE.json and results/speed/quantizer_memory_DEVICE.json, and a table is printed.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import peers  # noqa: E402
+import train  # noqa: E402
+import vqvae  # noqa: E402
+
+RESULTS = ROOT / "results" / "speed"
+METHODS = ("vq_ema", "ba_vq", "lib_ema", "lib_simvq")
+PEER_MATRICES = 6  # N x K float32 matrices that the peers hold at once: skipped where these do not fit
+
+
+def machine(device):
+    """What the figures were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "cpu")
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": sys.version.split()[0]}
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(function, device):
+    """Wall time of one call, the device's queue included."""
+    synchronize(device)
+    began = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def machine_rates(device):
+    """Measured (FLOP/s of float32 matrix products, bytes/s of a copy)."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(n, n, device=device), torch.empty(n, n, device=device)
+    product = min(seconds(lambda: torch.mm(a, a, out=b), device) for _ in range(5))
+    big = torch.empty(1 << 26, device=device)
+    copy = min(seconds(lambda: big[:1 << 25].copy_(big[1 << 25:]), device) for _ in range(5))
+    return 2 * n**3 / product, 2 * 4 * (1 << 25) / copy
+
+
+def floor_seconds(n, k, d, rates):
+    """Least time of a BA step: two N x K x D products; latents and codes read once, statistics written once."""
+    flops, bandwidth = rates
+    return max(2 * 2 * n * k * d / flops, 4 * (2 * n * d + 3 * k * (d + 1)) / bandwidth)
+
+
+def available_bytes(device):
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def make_step(method, k, d, z):
+    """A function that does one training step of a quantizer on z (B, D, 8, 8): forward, update, no backward."""
+    config = vqvae.Config(quantizer="ba_vq" if method == "ba_vq" else "vq_ema", codebook_size=k, latent_dim=d,
+                          batch_size=len(z))
+    torch.manual_seed(0)
+    make = peers.PEERS.get(method, vqvae.make_quantizer)
+    quantizer = (peers.ema(config, kmeans_init=False) if method == "lib_ema" else make(config)).to(z.device).train()
+
+    def step():
+        with torch.no_grad():
+            quantizer(z)
+    return step
+
+
+def measure_time(k, d, n, rounds, device, rates):
+    """Record of one size: seconds per step of each method, rounds alternating between the methods."""
+    z = torch.randn(n // 64, d, 8, 8, device=device)
+    fits = 4 * PEER_MATRICES * n * k < available_bytes(device)
+    steps = {m: make_step(m, k, d, z) for m in METHODS if fits or not m.startswith("lib")}
+    for step in steps.values():
+        step()  # initialisation and warm-up
+    times = {m: [] for m in steps}
+    for _ in range(rounds):
+        for method, step in steps.items():
+            times[method].append(seconds(step, device))
+    return {"K": k, "D": d, "N": n, "floor": floor_seconds(n, k, d, rates), "raw": times,
+            "seconds": {m: statistics.median(t) for m, t in times.items()},
+            "skipped": {} if fits else {m: "N x K matrices do not fit in memory" for m in METHODS if m.startswith("lib")}}
+
+
+def measure_memory(k, d, n, device):
+    """Record of one size: bytes of peak memory that a BA step adds (this process: use a fresh one per size)."""
+    z = torch.randn(n // 64, d, 8, 8, device=device)
+    make_step("ba_vq", 64, d, z)()  # libraries and thread pools
+    step = make_step("ba_vq", k, d, z)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        extra = torch.cuda.max_memory_allocated(device) - before
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step()
+        extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return {"K": k, "D": d, "N": n, "extra_bytes": extra, "inputs_bytes": 4 * (n * d + k * d)}
+
+
+def time_table(records):
+    """Markdown: milliseconds, ratios to the peers and to the floor."""
+    lines = ["| K | D | N | floor ms | VQ-EMA ms | BA-VQ ms | lib EMA ms | SimVQ ms | lib EMA / VQ-EMA | lib EMA / BA-VQ |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    for r in records:
+        t = r["seconds"]
+        cells = [f"{t[m] * 1e3:.1f}" if m in t else "–" for m in METHODS]
+        ratios = [f"{t['lib_ema'] / t[m]:.2f}" if "lib_ema" in t else "–" for m in ("vq_ema", "ba_vq")]
+        lines.append(" | ".join([f"| {r['K']}", str(r["D"]), str(r["N"]), f"{r['floor'] * 1e3:.1f}", *cells, *ratios]) + " |")
+    return "\n".join(lines)
+
+
+def memory_table(records):
+    lines = ["| K | D | N | extra MiB | N·D + K·D MiB |", "|---|---|---|---|---|"]
+    lines += [f"| {r['K']} | {r['D']} | {r['N']} | {r['extra_bytes'] / 2**20:.0f} | {r['inputs_bytes'] / 2**20:.0f} |"
+              for r in records]
+    return "\n".join(lines)
+
+
+def parse(argv):
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--codebook_sizes", default="512,1024,4096,16384,65536", metavar="K,K")
+    parser.add_argument("--latent_dims", default="8,64,256", metavar="D,D")
+    parser.add_argument("--vectors", default="16384", metavar="N,N", help="latents per step, multiples of 64")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
+    parser.add_argument("--one_size", action="store_true", help=argparse.SUPPRESS)  # a fresh process for --memory
+    options = parser.parse_args(argv)
+    try:
+        sizes = [[int(word) for word in text.split(",")] for text in
+                 (options.codebook_sizes, options.latent_dims, options.vectors)]
+    except ValueError as error:
+        raise vqvae.UserError(f"codebook_sizes, latent_dims, vectors: expected numbers with commas between ({error})") from error
+    if any(n < 64 or n % 64 for n in sizes[2]) or options.rounds < 1:
+        raise vqvae.UserError("vectors must be multiples of 64, rounds at least 1")
+    return options, [(k, d, n) for n in sizes[2] for d in sizes[1] for k in sizes[0]]
+
+
+def main(argv=None):
+    options, sizes = parse(argv)
+    device, _ = vqvae.pick_device(options.device)
+    if options.one_size:
+        print(vqvae.json.dumps(measure_memory(*sizes[0], device)))
+        return
+    records = []
+    rates = None if options.memory else machine_rates(device)
+    for k, d, n in sizes:
+        if options.memory:
+            words = ["--memory", "--one_size", "--codebook_sizes", str(k), "--latent_dims", str(d), "--vectors", str(n),
+                     "--device", str(device)]
+            done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
+            records.append(vqvae.json.loads(done.stdout))
+        else:
+            records.append(measure_time(k, d, n, options.rounds, device, rates))
+        print(f"K={k} D={d} N={n} done", file=sys.stderr, flush=True)
+    what = "memory" if options.memory else "step"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    vqvae.write_json(RESULTS / f"quantizer_{what}_{device.type}.json",
+                     {"machine": machine(device), "rates": rates, "argv": argv or sys.argv[1:], "records": records})
+    print(memory_table(records) if options.memory else time_table(records))
+
+
+if __name__ == "__main__":
+    sys.exit(vqvae.run_command(main))
