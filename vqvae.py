@@ -15,6 +15,7 @@ Sources, cited below by name:
     Csiszar 1974        On the computation of rate-distortion functions, IEEE Trans. IT 20(1)
     Rose 1998           Deterministic annealing for clustering, compression, classification, Proc. IEEE 86(11)
     Cuturi 2013         Sinkhorn distances: lightspeed computation of optimal transport, arXiv 1306.0895
+    Higham 2008         Functions of matrices: theory and computation, SIAM
     Lee 2001            Occlusion models for natural images, Lee, Mumford & Huang, IJCV 41
     Wang 2004           Image quality assessment: from error visibility to structural similarity
 """
@@ -52,7 +53,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-FORMAT_VERSION = 1  # of checkpoints and final models
+FORMAT_VERSION = 2  # of checkpoints and final models; 1 had no whitening
 RECON_WEIGHT = 8.0  # of the mean squared error of [0, 1] images against the commitment loss
 
 
@@ -108,6 +109,10 @@ class Config:
     commitment_weight: float = option(0.25, "weight of the commitment loss", low=0)
     ema_decay: Optional[float] = option(None, "decay of the codebook EMA (default: by recipe and codebook size)",
                                         low=0, high=0.99999)
+    whitening: Optional[float] = option(None, "weight, at the start, of the whitened distance against the Euclidean one, "
+                                        "which replaces it over anneal_fraction (default: ba_vq euclid 1, else 0)",
+                                        low=0, high=1)
+    anneal_fraction: float = option(0.5, "fraction of training over which whitening and temperature fall", low=0, high=1)
     vq_recipe: str = option("tuned", "vq_ema: 'classical' (uniform start, decay 0.8) or 'tuned' "
                             "(data start, dead codes restarted)", choices=("classical", "tuned"))
     restart_threshold: float = option(0.1, "codes below this fraction of the mean EMA count restart "
@@ -117,7 +122,6 @@ class Config:
                                    "to inf (balanced use)", low=0, high=math.inf)
     temperature_start: float = option(0.2, "ba_vq: first temperature, in units of the mean distortion", low=1e-6, high=1e6)
     temperature_end: float = option(0.02, "ba_vq: last temperature, in units of the mean distortion", low=1e-6, high=1e6)
-    anneal_fraction: float = option(0.5, "ba_vq: fraction of training over which the temperature falls", low=0, high=1)
     ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
     # training
     warmup_fraction: Optional[float] = option(None, "fraction of training before the quantizer joins in "
@@ -150,6 +154,10 @@ class Config:
             raise UserError(f"image_size: {self.image_size} is not divisible by downsample {self.downsample}")
         if self.ema_decay is None:
             object.__setattr__(self, "ema_decay", default_ema_decay(self))
+        if self.whitening is None:
+            object.__setattr__(self, "whitening", float(self.quantizer == "ba_vq" and self.metric == "euclid"))
+        if self.whitening and self.metric == "cosine":
+            raise UserError("whitening: applies to the euclid metric only; set it to 0 with cosine")
         if self.warmup_fraction is None:
             classical = self.quantizer == "vq_ema" and self.vq_recipe == "classical"
             object.__setattr__(self, "warmup_fraction", 0.0 if classical else 0.1)
@@ -396,9 +404,15 @@ def _chunks(z, codes):
     return z.split(max(z.shape[1], CHUNK_ELEMENTS[z.device.type] // codes))
 
 
-def _scores(z, codebook, half_norms):
-    """z . e_k - |e_k|^2 / 2, (n, K): larger is nearer; |z|^2 - 2 score is the squared distance."""
-    return torch.addmm(-half_norms, z, codebook.T)
+def _dual(codebook, mahalanobis):
+    """(M e_k (K, D), e_k^T M e_k / 2 (K,)); M is the identity where `mahalanobis` is None."""
+    dual = codebook if mahalanobis is None else codebook @ mahalanobis
+    return dual, (codebook * dual).sum(1) / 2
+
+
+def _scores(z, dual, half_norms):
+    """z . M e_k - e_k^T M e_k / 2, (n, K): larger is nearer; z^T M z - 2 score is the squared distance."""
+    return torch.addmm(-half_norms, z, dual.T)
 
 
 def _best(scores):
@@ -413,10 +427,13 @@ def _best(scores):
     return best, block * 64 + blocks[torch.arange(len(scores)), block].argmax(1)
 
 
-def nearest_code(z, codebook):
-    """Index (N,) of the code nearest to each row of z (N, D) in squared distance; codebook (K, D)."""
-    half_norms = codebook.square().sum(1) / 2  # (K,)
-    return torch.cat([_best(_scores(chunk, codebook, half_norms))[1] for chunk in _chunks(z, len(codebook))])
+def nearest_code(z, codebook, mahalanobis=None):
+    """Index (N,) of the code nearest to each row of z (N, D) in squared distance; codebook (K, D).
+
+    mahalanobis: None, or the matrix M (D, D) of the distance (z - e)^T M (z - e).
+    """
+    dual, half_norms = _dual(codebook, mahalanobis)
+    return torch.cat([_best(_scores(chunk, dual, half_norms))[1] for chunk in _chunks(z, len(codebook))])
 
 
 class Assignment(NamedTuple):
@@ -428,18 +445,19 @@ class Assignment(NamedTuple):
     overlap: torch.Tensor     # () sum over z of 1 - sum_k P(k|z)^2: 0 for hard assignments
 
 
-def soft_assign(z, codebook, log_w, temperature):
-    """E-step: P(k|z) ~ w_k exp(-|z - e_k|^2 / temperature), reduced to sums chunk by chunk.
+def soft_assign(z, codebook, log_w, temperature, mahalanobis=None):
+    """E-step: P(k|z) ~ w_k exp(-d(z, e_k) / temperature), reduced to sums chunk by chunk.
 
-    z (N, D), codebook (K, D), log_w (K,), temperature () > 0 in units of squared distance.
+    z (N, D), codebook (K, D), log_w (K,), temperature () > 0 in units of d; d is the squared distance,
+    or (z - e)^T M (z - e) where mahalanobis is M (D, D).
     No N x K tensor beyond one chunk; nothing is differentiated. Returns Assignment.
     """
-    half_norms = codebook.square().sum(1) / 2  # (K,)
+    dual, half_norms = _dual(codebook, mahalanobis)
     ones = z.new_ones(len(z), 1)
     stats = z.new_zeros(z.shape[1] + 1, len(codebook))  # (D + 1, K): products with rows of P are fast this way round
     indices, best_sum, squares = [], z.new_zeros(()), z.new_zeros(())
     for chunk in _chunks(torch.cat([z, ones], 1), len(codebook)):  # (n, D + 1)
-        scores = _scores(chunk[:, :-1], codebook, half_norms)  # (n, K)
+        scores = _scores(chunk[:, :-1], dual, half_norms)  # (n, K)
         best, index = _best(scores)  # (n,)
         # Subtracting the best first keeps exact ties exact at any temperature.
         P = torch.softmax(scores.sub_(best[:, None]).mul_(2 / temperature).add_(log_w), dim=1)  # (n, K)
@@ -447,7 +465,8 @@ def soft_assign(z, codebook, log_w, temperature):
         indices.append(index)
         best_sum += best.sum()
         squares += torch.linalg.vector_norm(P).square()
-    distortion = (z.square().sum() - 2 * best_sum).clamp_min(0)
+    norms = (z * (z if mahalanobis is None else z @ mahalanobis)).sum()
+    distortion = (norms - 2 * best_sum).clamp_min(0)
     return Assignment(torch.cat(indices), stats.T.contiguous(), distortion, len(z) - squares)
 
 
@@ -485,6 +504,20 @@ def sample_rows(z, count):
     return all_reduce(torch.where(mine[:, None], z[pick % len(z)], 0))  # (count, D)
 
 
+def inverse_root(matrix, iterations=24):
+    """matrix^(-1/2) of a symmetric positive definite (D, D), by the coupled Newton-Schulz iteration (Higham 2008, section 6.7).
+
+    Products only, so no host sync. Eigenvalues below 1e-4 of the largest count as that.
+    """
+    eye = torch.eye(len(matrix), device=matrix.device)
+    scale = torch.linalg.matrix_norm(matrix) + 1e-30
+    y, inverse = matrix / scale + 1e-4 * eye, eye
+    for _ in range(iterations):
+        t = 1.5 * eye - 0.5 * inverse @ y
+        y, inverse = y @ t, t @ inverse
+    return (inverse + inverse.T) / 2 / scale.sqrt()
+
+
 class Quantizer(nn.Module):
     """Nearest-code quantizer with a codebook kept as an exponential moving average.
 
@@ -495,15 +528,28 @@ class Quantizer(nn.Module):
     codebook_size K; dim D; metric 'euclid' (squared distance) or 'cosine' (the same on unit vectors);
     ema_decay in [0, 1); commitment_weight: of mean (z - z_q)^2, van den Oord 2017 equation 3;
     restart_threshold: fraction of the mean EMA count below which a code is dead (0: never).
+
+    whitening in [0, 1], euclid only: the distance is (z - e)^T M (z - e), M = v C^(-1/2) + (1 - v) I up to scale, C the
+    covariance of the latents, v falling from `whitening` to 0 over the first anneal_fraction of training (`set_progress`).
+    A plain quantizer resolves the few directions that are large when it starts; the decoder then cannot use the others, so
+    the encoder gives them up. Starting from above keeps every direction that pays for its bits (results/LOG.md).
     """
 
-    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25, restart_threshold=0.1):
+    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25, restart_threshold=0.1,
+                 whitening=0.0, anneal_fraction=0.5):
         super().__init__()
         self.codebook_size, self.dim, self.metric = codebook_size, dim, metric
         self.ema_decay, self.commitment_weight, self.restart_threshold = ema_decay, commitment_weight, restart_threshold
+        self.whitening, self.anneal_fraction = whitening, anneal_fraction
+        self.fraction = 0.0  # of the annealing, in [0, 1]
         self.initialized = False
         self.register_buffer("codebook", torch.zeros(codebook_size, dim))
         self.register_buffer("ema", torch.zeros(codebook_size, dim + 1))  # per code: sum of vectors, count
+        if whitening:
+            self.register_buffer("moments", torch.zeros(dim + 1, dim + 1))  # EMA of [z, 1]^T [z, 1] per vector
+            self.register_buffer("mahalanobis", torch.eye(dim))
+        else:
+            self.mahalanobis = None
 
     def extra_repr(self):
         return f"{self.codebook_size}, {self.dim}, metric={self.metric!r}, ema_decay={self.ema_decay}"
@@ -516,6 +562,7 @@ class Quantizer(nn.Module):
 
     def set_progress(self, progress):
         """Tell the quantizer how far training is, in [0, 1], for its schedules. Called every step."""
+        self.fraction = min(1.0, progress / self.anneal_fraction) if self.anneal_fraction > 0 else 1.0
 
     def codes(self, indices):
         """Look up codes: indices (...) int64 -> (..., D)."""
@@ -535,7 +582,7 @@ class Quantizer(nn.Module):
             if self.training:
                 quantized, indices = self._train_step(flat.detach())
             else:
-                indices = nearest_code(flat.detach(), self.codebook)  # (N,)
+                indices = nearest_code(flat.detach(), self.codebook, self.mahalanobis)  # (N,)
                 quantized = self.codes(indices)  # (N, D)
             loss = self.commitment_weight * F.mse_loss(flat, quantized)
             if self.training:
@@ -547,6 +594,8 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _train_step(self, z):
+        if self.whitening:
+            self._adapt_distance(z)
         if not self.initialized:
             self.initialize(z)
             self.initialized = True
@@ -554,6 +603,22 @@ class Quantizer(nn.Module):
         quantized = self.codes(indices)  # before the update
         self.update(z, stats)
         return quantized, indices
+
+    def _adapt_distance(self, z):
+        """Set the matrix of the distance for this step from latents z (N, D)."""
+        eye = torch.eye(self.dim, device=z.device)
+        whiteness = self.whitening * (1 - self.fraction)
+        if whiteness == 0:
+            self.mahalanobis.copy_(eye)
+            return
+        rows = F.pad(z, (0, 1), value=1.0)  # (N, D + 1)
+        moments = all_reduce(rows.T @ rows) / (len(z) * world_size())
+        self.moments.lerp_(moments, 1 - self.ema_decay if self.initialized else 1.0)
+        mean = self.moments[:-1, -1]  # (D,)
+        covariance = self.moments[:-1, :-1] - mean.outer(mean)  # (D, D)
+        root = inverse_root(covariance)
+        root *= covariance.trace() / (root * covariance).sum().clamp_min(1e-30)  # mean squared distances keep their scale
+        self.mahalanobis.copy_(whiteness * root + (1 - whiteness) * eye)
 
     def _on_sphere(self, vectors):
         return F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors
@@ -603,8 +668,8 @@ class VQEMAQuantizer(Quantizer):
     """
 
     def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25, restart_threshold=0.1,
-                 recipe="tuned"):
-        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold)
+                 whitening=0.0, anneal_fraction=0.5, recipe="tuned"):
+        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold, whitening, anneal_fraction)
         self.recipe = recipe
 
     def initialize(self, z):
@@ -618,7 +683,7 @@ class VQEMAQuantizer(Quantizer):
 
     def assign(self, z):
         """z (N, D) -> nearest codes (N,) and their [sum of vectors, count] (K, D + 1)."""
-        indices = nearest_code(z, self.codebook)
+        indices = nearest_code(z, self.codebook, self.mahalanobis)
         stats = torch.zeros_like(self.ema).index_add_(0, indices, F.pad(z, (0, 1), value=1.0))
         return indices, all_reduce(stats)
 
@@ -651,20 +716,20 @@ class BAQuantizer(Quantizer):
     """
 
     def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25, restart_threshold=0.1,
-                 entropy_weight=math.inf, temperature_start=0.2, temperature_end=0.02, anneal_fraction=0.5, ba_iters=1):
-        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold)
+                 whitening=0.0, anneal_fraction=0.5, entropy_weight=math.inf, temperature_start=0.2, temperature_end=0.02,
+                 ba_iters=1):
+        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold, whitening, anneal_fraction)
         self.entropy_weight, self.ba_iters = entropy_weight, ba_iters
         self.temperature_start, self.temperature_end = temperature_start, temperature_end
-        self.anneal_fraction = anneal_fraction
         self.register_buffer("log_w", torch.zeros(codebook_size))
         self.register_buffer("temperature", torch.tensor(temperature_start))
         self.register_buffer("distortion", torch.tensor(1.0))  # EMA of the squared distance to the nearest code
 
     def set_progress(self, progress):
-        """Set the relative temperature for training progress in [0, 1]."""
-        fraction = min(1.0, progress / self.anneal_fraction) if self.anneal_fraction > 0 else 1.0
+        """Set the relative temperature and the distance for training progress in [0, 1]."""
+        super().set_progress(progress)
         ratio = self.temperature_end / self.temperature_start
-        self.temperature.fill_(self.temperature_start * ratio ** fraction)
+        self.temperature.fill_(self.temperature_start * ratio ** self.fraction)
 
     def initialize(self, z):
         super().initialize(z)
@@ -674,7 +739,7 @@ class BAQuantizer(Quantizer):
         """E-step and prior step. z (N, D) -> nearest codes (N,) and soft [sum of vectors, count] (K, D + 1)."""
         tau = (self.temperature * self.distortion).clamp_min(1e-30)
         for _ in range(self.ba_iters):
-            batch = soft_assign(z, self.codebook, self.log_w, tau)
+            batch = soft_assign(z, self.codebook, self.log_w, tau, self.mahalanobis)
             scalars = torch.stack([batch.distortion, batch.overlap, z.new_full((), float(len(z)))])
             everything = all_reduce(torch.cat([batch.stats.flatten(), scalars]))
             stats = everything[:-3].view_as(self.ema)
@@ -699,11 +764,10 @@ class BAQuantizer(Quantizer):
 def make_quantizer(config):
     """The quantizer that a Config describes."""
     common = (config.codebook_size, config.latent_dim, config.metric, config.ema_decay, config.commitment_weight,
-              config.restart_threshold)
+              config.restart_threshold, config.whitening, config.anneal_fraction)
     if config.quantizer == "vq_ema":
         return VQEMAQuantizer(*common, config.vq_recipe)
-    return BAQuantizer(*common, config.entropy_weight, config.temperature_start, config.temperature_end,
-                       config.anneal_fraction, config.ba_iters)
+    return BAQuantizer(*common, config.entropy_weight, config.temperature_start, config.temperature_end, config.ba_iters)
 
 
 # ----------------------------------------------------------------------------------------
@@ -1129,8 +1193,10 @@ def read_checkpoint(path):
         raise UserError(f"{path}: not a checkpoint of this project, or damaged ({reason})") from error
     if not isinstance(state, dict) or not {"format_version", "config", "model"} <= set(state):
         raise UserError(f"{path}: not a checkpoint of this project (keys missing)")
-    if state["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {state['format_version']}, this code reads {FORMAT_VERSION}; "
+    if state["format_version"] == 1 and isinstance(state["config"], dict):
+        state["config"].setdefault("whitening", 0.0)
+    elif state["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {state['format_version']}, this code reads 1 to {FORMAT_VERSION}; "
                         "use the version of vqvae.py that wrote it")
     try:
         Config.from_dict(state["config"])
