@@ -32,8 +32,11 @@ METHODS = {
     "vq_ema_classical": ["--quantizer", "vq_ema", "--vq_recipe", "classical"],
     "vq_ema": ["--quantizer", "vq_ema"],
     "vq_ema_decay0.8": ["--quantizer", "vq_ema", "--ema_decay", "0.8"],
+    "vq_ema_whitened": ["--quantizer", "vq_ema", "--whitening", "1"],
     "ba_vq": ["--quantizer", "ba_vq", "--entropy_weight", "inf"],
     "ba_vq_lambda10": ["--quantizer", "ba_vq", "--entropy_weight", "10"],
+    "ba_vq_euclid": ["--quantizer", "ba_vq", "--entropy_weight", "inf", "--whitening", "0"],
+    "ba_vq_euclid_lambda10": ["--quantizer", "ba_vq", "--entropy_weight", "10", "--whitening", "0"],
     # peers.py builds these; the flags are their settings of the loop
     **{name: ["--quantizer", "vq_ema"] for name in peers.PEERS},
 }

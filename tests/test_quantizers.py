@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vqvae
 from vqvae import BAQuantizer, VQEMAQuantizer, blahut_arimoto, nearest_code, prior_step, soft_assign
@@ -23,7 +24,8 @@ def dense_assignment(z, codebook, log_w, temperature):
 
 def both(**settings):
     return [VQEMAQuantizer(8, 4, **settings), VQEMAQuantizer(8, 4, recipe="classical", **settings),
-            BAQuantizer(8, 4, **settings), BAQuantizer(8, 4, entropy_weight=3.0, **settings)]
+            BAQuantizer(8, 4, **settings), BAQuantizer(8, 4, entropy_weight=3.0, **settings),
+            *([BAQuantizer(8, 4, whitening=1.0, **settings)] if settings.get("metric") != "cosine" else [])]
 
 
 @pytest.mark.parametrize("chunk", [1, 7 * 9, 1 << 20])
@@ -38,19 +40,73 @@ def test_chunked_e_step_equals_the_dense_one(monkeypatch, chunk):
     assert torch.equal(nearest_code(z, codebook), indices)
 
 
-def test_no_matrix_larger_than_a_chunk(monkeypatch):
-    monkeypatch.setitem(vqvae.CHUNK_ELEMENTS, "cpu", 600)
-    largest = 0
-    softmax = torch.softmax
+class Largest(TorchDispatchMode):
+    """Context that records the size of the largest tensor any operation returns."""
 
-    def watched(x, dim):
-        nonlocal largest
-        largest = max(largest, x.numel())
-        return softmax(x, dim)
+    elements = 0
 
-    monkeypatch.setattr(torch, "softmax", watched)
-    soft_assign(torch.randn(1000, 2), torch.randn(50, 2), torch.zeros(50), torch.tensor(1.0))
-    assert 0 < largest <= 600
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if torch.is_tensor(tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("quantizer", [VQEMAQuantizer(500, 2), BAQuantizer(500, 2, whitening=1.0)])
+def test_no_matrix_larger_than_a_chunk(monkeypatch, quantizer):
+    """N x K is 1,000,000; nothing beyond a chunk, the latents or the codebook is ever made."""
+    monkeypatch.setitem(vqvae.CHUNK_ELEMENTS, "cpu", 6000)
+    with Largest() as largest:
+        quantizer.train()(torch.randn(2000, 2))
+        quantizer.eval()(torch.randn(2000, 2))
+    assert largest.elements == 6000  # 12 rows of 500 scores; the latents are 2000 x 3 with their ones
+
+
+def test_inverse_root():
+    basis = torch.linalg.qr(torch.randn(6, 6)).Q
+    matrix = basis @ torch.diag(torch.tensor([50.0, 20.0, 5.0, 1.0, 0.5, 0.2])) @ basis.T
+    root = vqvae.inverse_root(matrix)
+    assert torch.allclose(root @ matrix @ root, torch.eye(6), atol=0.03)
+    assert torch.isfinite(vqvae.inverse_root(torch.zeros(3, 3))).all()
+
+
+def test_whitened_distance_relaxes_to_the_euclidean_one():
+    z = torch.randn(4000, 3) * torch.tensor([4.0, 1.0, 0.25]) + 5
+    quantizer = BAQuantizer(8, 3, whitening=1.0, anneal_fraction=0.5).train()
+    covariance = torch.cov(z.T)
+    for progress, ratio in ((0.0, 4.0), (0.25, None), (0.5, 1.0)):
+        quantizer.set_progress(progress)
+        for _ in range(100):  # the moments are an EMA
+            quantizer(z)
+        weights = quantizer.mahalanobis.diagonal()
+        assert (quantizer.mahalanobis * covariance).sum().item() == pytest.approx(covariance.trace().item(), rel=0.01)
+        if ratio:
+            assert (weights[1] / weights[0]).item() == pytest.approx(ratio, rel=0.1)
+            assert (weights[2] / weights[1]).item() == pytest.approx(ratio, rel=0.1)
+    assert torch.equal(quantizer.mahalanobis, torch.eye(3))
+
+
+def test_whitening_keeps_a_weak_direction():
+    z = torch.randn(4000, 2) * torch.tensor([10.0, 0.5])
+    explained = {}
+    for whitening in (0.0, 1.0):
+        quantizer = VQEMAQuantizer(16, 2, whitening=whitening).train()
+        for _ in range(100):
+            quantizer(z)
+        error = (z - quantizer.eval()(z).z_q)[:, 1]
+        explained[whitening] = 1 - (error.var() / z[:, 1].var()).item()
+    assert explained[0.0] < 0.2 and explained[1.0] > 0.35
+
+
+def test_e_step_in_another_distance_equals_the_dense_one():
+    z, codebook, log_w, root = torch.randn(50, 3), torch.randn(7, 3), torch.randn(7), torch.randn(3, 3)
+    got = soft_assign(z, codebook, log_w, torch.tensor(0.5), root @ root.T)
+    indices, stats, distortion = dense_assignment((z @ root).double(), (codebook @ root).double(), log_w.double(), 0.5)
+    assert torch.equal(got.indices, indices) and torch.equal(nearest_code(z, codebook, root @ root.T), indices)
+    assert torch.allclose(got.stats[:, -1].double(), stats[:, -1], atol=1e-3)
+    assert torch.allclose((got.stats[:, :-1] @ root).double(), stats[:, :-1], atol=1e-2)
+    assert torch.allclose(got.distortion.double(), distortion, rtol=1e-4)
 
 
 def test_lambda_zero_is_blahut_arimoto():

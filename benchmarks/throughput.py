@@ -1,0 +1,159 @@
+"""Training throughput: this project's loop against the classical way, same network, codebook size and batch.
+
+    python benchmarks/throughput.py                                  # full size: hidden 128, D 256, K 512, batch 256
+    python benchmarks/throughput.py --hidden_dim 64 --latent_dim 8 --batch_size 128 --rounds 5
+
+The classical way: float32, NCHW, a DataLoader with worker processes that decodes and augments image by image, one-hot EMA
+statistics, `.item()` of every loss at every step. Both run in turn, `--rounds` times; the ratio is that of the medians. Also
+measured: the network alone (no quantizer), and what the input pipeline, the code histogram and the evaluation of the
+validation split add to an epoch. Random images stand in for a data set. Writes results/speed/throughput_DEVICE.json.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision.transforms as T
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import train  # noqa: E402
+import vqvae  # noqa: E402
+from quantizer_step import RESULTS, machine, seconds  # noqa: E402
+
+
+class OneHotEMA(torch.nn.Module):
+    """VQ-VAE's EMA quantizer as it is usually written (van den Oord 2017, appendix A.1)."""
+
+    def __init__(self, codebook_size, dim, decay=0.99, commitment_weight=0.25):
+        super().__init__()
+        self.decay, self.commitment_weight = decay, commitment_weight
+        self.register_buffer("codebook", torch.randn(codebook_size, dim))
+        self.register_buffer("counts", torch.zeros(codebook_size))
+        self.register_buffer("sums", self.codebook.clone())
+
+    def forward(self, z):
+        rows = z.permute(0, 2, 3, 1).contiguous()  # (B, H, W, D)
+        flat = rows.view(-1, rows.shape[-1])  # (N, D)
+        distances = flat.square().sum(1, keepdim=True) + self.codebook.square().sum(1) - 2 * flat @ self.codebook.T
+        one_hot = F.one_hot(distances.argmin(1), len(self.codebook)).float()  # (N, K)
+        quantized = (one_hot @ self.codebook).view(rows.shape)
+        if self.training:
+            with torch.no_grad():
+                self.counts.lerp_(one_hot.sum(0), 1 - self.decay)
+                self.sums.lerp_(one_hot.T @ flat, 1 - self.decay)
+                self.codebook.copy_(self.sums / (self.counts[:, None] + 1e-5))
+        loss = self.commitment_weight * F.mse_loss(rows, quantized.detach())
+        quantized = rows + (quantized - rows).detach()
+        return quantized.permute(0, 3, 1, 2), one_hot.argmax(1).view(rows.shape[:-1]), loss
+
+
+class Images(torch.utils.data.Dataset):
+    """One PIL image at a time, as torchvision's CIFAR-10 gives them."""
+
+    def __init__(self, images):
+        self.images, self.transform = images, T.Compose([T.ToPILImage(), T.ToTensor(), T.Normalize((0.5,) * 3, (0.5,) * 3)])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(self.images[index].permute(2, 0, 1))
+
+
+def classical_epoch(config, images, device):
+    """A function that trains one epoch the classical way."""
+    torch.manual_seed(0)
+    model = vqvae.VQVAE(OneHotEMA(config.codebook_size, config.latent_dim), config.hidden_dim, config.latent_dim).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+    loader = torch.utils.data.DataLoader(Images(images), config.batch_size, shuffle=True, drop_last=True,
+                                         num_workers=min(4, os.cpu_count()), persistent_workers=True)
+    losses = []
+
+    def epoch():
+        model.train()
+        for x in loader:
+            x = (x.to(device) + 1) / 2
+            y, _, quantizer_loss = model(x)
+            loss = F.mse_loss(y, x) + quantizer_loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return epoch
+
+
+def project_epoch(config, images, device, quantize=True, pipeline=True):
+    """A function that trains one epoch as vqvae.train does; without `pipeline` every step sees the same batch."""
+    model = vqvae.make_model(config).to(device, memory_format=vqvae.memory_format(device)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device.type in ("cpu", "cuda"))
+    dtype, _ = vqvae.pick_precision(config.precision, device)
+    images = images.to(device)
+    histogram = torch.zeros(config.codebook_size, dtype=torch.int64, device=device)
+    fixed = vqvae.to_float(images[:config.batch_size])
+
+    def epoch():
+        order = vqvae.epoch_order(len(images), 0, 0).to(device)
+        for i in range(len(images) // config.batch_size):
+            x = vqvae.to_float(images[order[i * config.batch_size:(i + 1) * config.batch_size]]) if pipeline else fixed
+            _, indices = vqvae.train_step(model, optimizer, x, dtype, quantize=quantize)
+            if pipeline and indices is not None:
+                histogram.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))
+    return epoch, model
+
+
+def parse(argv):
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--steps", type=int, default=12, metavar="N", help="steps per round (default 12)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, alternating (default 5)")
+    options, words = parser.parse_known_args(argv)
+    if options.steps < 1 or options.rounds < 1:
+        raise vqvae.UserError("steps and rounds must be at least 1")
+    if "--batch_size" not in words:
+        words = [*words, "--batch_size", "256"]
+    return options, train.config_from([*words, "--no_wandb"])[0]
+
+
+def main(argv=None):
+    options, config = parse(argv)
+    device, _ = vqvae.pick_device(config.device)
+    images = torch.randint(0, 256, (options.steps * config.batch_size, 32, 32, 3), dtype=torch.uint8)
+    own = {name: vqvae.dataclasses.replace(config, quantizer=name) for name in ("vq_ema", "ba_vq")}
+    project, model = project_epoch(own["ba_vq"], images, device)
+    epochs = {
+        "classical": classical_epoch(config, images, device),
+        "ba_vq": project,
+        "vq_ema": project_epoch(own["vq_ema"], images, device)[0],
+        "ba_vq, same batch": project_epoch(own["ba_vq"], images, device, pipeline=False)[0],
+        "no quantizer": project_epoch(own["ba_vq"], images, device, quantize=False, pipeline=False)[0],
+    }
+    for epoch in epochs.values():
+        epoch()  # warm-up, worker processes
+    times = {name: [] for name in epochs}
+    for _ in range(options.rounds):
+        for name, epoch in epochs.items():
+            times[name].append(seconds(epoch, device))
+    rate = {name: len(images) / statistics.median(t) for name, t in times.items()}
+    some = images[:1000]
+    evaluation = seconds(lambda: vqvae.evaluate(model, some, config.codebook_size, dtype=torch.bfloat16), device) / len(some)
+    ratios = {f"{name} / classical": rate[name] / rate["classical"] for name in ("ba_vq", "vq_ema")}
+    ratios["vq_ema / ba_vq"] = rate["vq_ema"] / rate["ba_vq"]
+    ratios["input pipeline and histogram, share of an epoch"] = 1 - rate["ba_vq"] / rate["ba_vq, same batch"]
+    # 5,000 validation images per 45,000 training images
+    ratios["evaluation of the validation split, share of an epoch"] = evaluation * 5000 / (45000 / rate["ba_vq"])
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    vqvae.write_json(RESULTS / f"throughput_{device.type}.json", {
+        "machine": machine(device), "config": config.to_dict(), "images_per_second": rate, "ratios": ratios, "raw": times})
+    for name, value in rate.items():
+        print(f"{name:22s} {value:8.0f} img/s")
+    for name, value in ratios.items():
+        print(f"{name}: {value:.3g}")
+
+
+if __name__ == "__main__":
+    sys.exit(vqvae.run_command(main))
