@@ -32,8 +32,9 @@ def load_runs(folders):
         path = folder / "final_metrics.json"
         try:
             record = json.loads(path.read_text())
+            record["config"].setdefault("whitening", 0.0)  # runs from before it existed
             config = vqvae.Config.from_dict(record["config"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise vqvae.UserError(f"{path}: no finished run here ({error})") from error
         records.append({"name": folder.name, "method": method(config), **record})
     return records
@@ -46,15 +47,14 @@ def find_runs(out_dir):
 
 def method(config):
     """Short label of a quantizer and its recipe."""
-    if config.quantizer == "vq_ema":
-        return f"VQ-EMA {config.vq_recipe}"
-    return f"BA-VQ λ={config.entropy_weight:g}"
+    name = f"VQ-EMA {config.vq_recipe}" if config.quantizer == "vq_ema" else f"BA-VQ λ={config.entropy_weight:g}"
+    return name + (" whitened" if config.whitening else "")
 
 
 def _setting(record):
     """What two runs must share to be compared: everything but the quantizer's own settings."""
     own = {"quantizer", "vq_recipe", "restart_threshold", "warmup_fraction", "entropy_weight", "temperature_start",
-           "temperature_end", "anneal_fraction", "ba_iters", "ema_decay"}
+           "temperature_end", "anneal_fraction", "ba_iters", "ema_decay", "whitening"}
     return {key: value for key, value in identity(record).items() if key not in own}
 
 

@@ -155,3 +155,19 @@ def test_runs_are_compared_only_under_equal_settings(tiny_config):
 
     records = [record("a", quantizer="vq_ema"), record("b"), record("c", seed=1), record("d", codebook_size=8)]
     assert [(p["ba_vq"], p["vq_ema"]) for p in analysis.differences(records)] == [("b", "a")]
+
+
+def test_whitening_belongs_to_the_quantizer(tiny_config):
+    """BA-VQ with its default whitening is compared with VQ-EMA without; earlier runs had none."""
+    metrics = {"psnr": 1.0, "ssim": 0.5, "perplexity": 2.0, "usage_rate": 1.0, "bits_per_index": 1.0}
+    for name in ("vq_ema", "ba_vq"):
+        config = tiny_config(name=name, quantizer=name)
+        folder = vqvae.Path(config.out_dir) / name
+        folder.mkdir(parents=True)
+        vqvae.write_json(folder / "final_metrics.json", {**metrics, "config": config.to_dict()})
+    old = {key: value for key, value in tiny_config(name="old").to_dict().items() if key != "whitening"}
+    (folder.parent / "old").mkdir()
+    vqvae.write_json(folder.parent / "old" / "final_metrics.json", {**metrics, "config": old})
+    records = analysis.load_runs(analysis.find_runs(folder.parent))
+    assert [r["method"] for r in records] == ["BA-VQ λ=inf whitened", "BA-VQ λ=inf", "VQ-EMA tuned"]
+    assert len(analysis.differences(records)) == 2

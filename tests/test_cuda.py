@@ -1,0 +1,80 @@
+"""What needs a CUDA device: agreement with the CPU, bounded memory, no host sync, a whole run. Skipped without one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import vqvae
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize(("n", "k", "d"), [(4096, 512, 8), (5000, 1000, 64), (2048, 16384, 8)])
+def test_e_step_agrees_with_the_cpu(n, k, d):
+    z, codebook, log_w = torch.randn(n, d), torch.randn(k, d), torch.randn(k)
+    temperature = torch.tensor(0.05 * d)
+    here = vqvae.soft_assign(z.double(), codebook.double(), log_w.double(), temperature.double())
+    there = vqvae.soft_assign(z.cuda(), codebook.cuda(), log_w.cuda(), temperature.cuda())
+    differ = (there.indices.cpu() != here.indices).nonzero().squeeze(1)
+    chosen = [(z[differ] - codebook[i[differ]]).square().sum(1) for i in (there.indices.cpu(), here.indices)]
+    assert len(differ) < n / 1000 and torch.allclose(*chosen, rtol=1e-4)  # ties within rounding only
+    assert torch.allclose(there.stats[:, -1].cpu().double(), here.stats[:, -1], rtol=1e-3, atol=1e-4)
+    assert torch.allclose(there.distortion.cpu().double(), here.distortion, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", [65536, 262144])
+def test_memory_of_a_step_is_bounded(k):
+    quantizer = vqvae.BAQuantizer(k, 8).cuda().train()
+    z = torch.randn(16384, 8, device="cuda")
+    quantizer(z)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    quantizer(z)
+    assert torch.cuda.max_memory_allocated() - before < 256 * 2**20 + 20 * 4 * (z.numel() + 9 * k)
+
+
+@pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
+def test_a_step_never_waits_for_the_device(quantizer):
+    model = vqvae.make_model(vqvae.Config(hidden_dim=16, latent_dim=8, codebook_size=64, quantizer=quantizer)).cuda().train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    x = torch.rand(16, 3, 32, 32, device="cuda")
+    vqvae.train_step(model, optimizer, x, torch.bfloat16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for progress in (0.1, 0.9):
+            model.quantizer.set_progress(progress)
+            vqvae.train_step(model, optimizer, x, torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_whole_run_and_its_checkpoint_on_the_cpu(tiny_config, compile):
+    config = tiny_config(device="cuda", precision="auto", compile=compile, name=f"cuda_{compile}")
+    metrics = vqvae.train(config)
+    model, _ = vqvae.load_model(vqvae.Path(config.out_dir) / config.name / "final_model.pt")
+    again = vqvae.evaluate(model, vqvae.test_images(config), config.codebook_size)
+    assert again["psnr"] == pytest.approx(metrics["psnr"], abs=0.05)
+
+
+def test_resume_on_the_device(tiny, tmp_path):
+    flags = [word for key, value in tiny(device="cuda:0", name="stopped", epochs=30).items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    folder = tmp_path / "experiments" / "stopped"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                break
+        process.terminate()
+        assert process.wait() in (0, 143)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads((folder / "final_metrics.json").read_text())["num_images"] == 40
