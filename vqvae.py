@@ -284,6 +284,8 @@ def pick_device(device="auto"):
         raise UserError(f"device: {device!r} is none of auto, cpu, mps, cuda, cuda:N") from error
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device: {device!r} is not there ({torch.cuda.device_count()} CUDA devices found); use --device cpu")
+    if picked.type == "cuda" and picked.index is not None and world_size() > 1:
+        raise UserError(f"device: {device!r} would put every process on one GPU; under torchrun use --device cuda")
     if picked.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: 'mps' is not there; use --device cpu")
     if picked.type not in ("cpu", "cuda", "mps"):
@@ -1661,7 +1663,10 @@ def finish_run(config, folder, model, train_set, test_set):
 def run_command(main):
     """Exit code of a script: one line on standard error and 2 for bad input, 128 + signal when stopped."""
     try:
-        return main()
+        code = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

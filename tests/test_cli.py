@@ -232,3 +232,11 @@ def test_ctrl_c_through_the_command_line(tiny, tmp_path):
                for path in vqvae.checkpoints(tmp_path / "experiments" / "tiny"))
 
 
+
+
+def test_one_gpu_for_every_process_is_refused(monkeypatch):
+    monkeypatch.setattr(vqvae, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(vqvae.UserError, match="use --device cuda"):
+        vqvae.pick_device("cuda:0")
+    assert vqvae.pick_device("cuda")[0] == torch.device("cuda")
