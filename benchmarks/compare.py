@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py --methods vq_ema,ba_vq --codebook_sizes 512 --latent_dims 8,64 --seeds 0,1,2 --jobs 2 \
         --epochs 2 --hidden_dim 64                      # further flags go to train.py
-    python benchmarks/compare.py --summary              # results/compare/*.json -> results/summary.md
+    python benchmarks/compare.py --summary              # results/compare/*.json -> summary.md, rate_distortion.png
 
 One JSON per run goes to results/compare/; runs that have one are skipped, so the command can be repeated
 after an interruption. The methods are the rows of METHODS.
@@ -15,11 +15,13 @@ import json
 import math
 import multiprocessing
 import os
+import statistics
 import sys
 from pathlib import Path
 
 import scipy.stats
 import torch
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -34,7 +36,7 @@ METHODS = {
     "vq_ema_decay0.8": ["--quantizer", "vq_ema", "--ema_decay", "0.8"],
     "vq_ema_whitened": ["--quantizer", "vq_ema", "--whitening", "1"],
     "ba_vq": ["--quantizer", "ba_vq", "--entropy_weight", "inf"],
-    "ba_vq_lambda10": ["--quantizer", "ba_vq", "--entropy_weight", "10"],
+    **{f"ba_vq_lambda{w}": ["--quantizer", "ba_vq", "--entropy_weight", str(w)] for w in (1, 3, 10, 30, 100, 300)},
     "ba_vq_euclid": ["--quantizer", "ba_vq", "--entropy_weight", "inf", "--whitening", "0"],
     "ba_vq_euclid_lambda10": ["--quantizer", "ba_vq", "--entropy_weight", "10", "--whitening", "0"],
     # peers.py builds these; the flags are their settings of the loop
@@ -117,6 +119,31 @@ def summary():
     return "\n".join(lines)
 
 
+def rate_distortion_figure(path, dim=8, hidden=64, epochs=2):
+    """PNG: PSNR against the entropy of the indices, means over seeds; BA-VQ a curve over lambda, the others points."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot()
+    colours = itertools.cycle(["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"])
+    for (_, size, d, h, e), methods in sorted(load_results().items()):
+        if (d, h, e) != (dim, hidden, epochs):
+            continue
+        colour = next(colours)
+        points = {name: (statistics.mean(r["bits_per_index"] for r in runs.values()),
+                         statistics.mean(r["psnr"] for r in runs.values())) for name, runs in methods.items()}
+        curve = sorted(point for name, point in points.items() if name == "ba_vq" or name.startswith("ba_vq_lambda"))
+        if curve:
+            axes.plot(*zip(*curve), "o-", color=colour, label=f"BA-VQ over λ, K = {size}")
+        axes.axvline(math.log2(size), color=colour, linestyle=":", linewidth=1)
+        for name, (rate, quality) in points.items():
+            if (rate, quality) not in curve:
+                axes.plot(rate, quality, "s", color=colour, markersize=4)
+                axes.annotate(name, (rate, quality), fontsize=7, xytext=(4, -3), textcoords="offset points")
+    axes.set(xlabel="rate: entropy of the indices, bits (dotted: log2 K)", ylabel="PSNR on the test set, dB",
+             title=f"CIFAR-10, D = {dim}, hidden {hidden}, {epochs} epochs")
+    axes.legend()
+    vqvae.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
 def parse(argv):
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     names = ", ".join(METHODS)
@@ -150,7 +177,8 @@ def main(argv=None):
             for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 print(f"[{done}/{len(cells)}] {future.result()}", flush=True)
     vqvae.atomic_write(ROOT / "results" / "summary.md", lambda file: file.write(summary().encode()))
-    print("wrote results/summary.md")
+    rate_distortion_figure(ROOT / "results" / "rate_distortion.png")
+    print("wrote results/summary.md, results/rate_distortion.png")
 
 
 if __name__ == "__main__":

@@ -46,3 +46,12 @@ def test_summary_by_hand(results, tiny_config):
 def test_bad_words(words, results, capsys):
     assert vqvae.run_command(lambda: compare.main(words)) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_rate_distortion_figure(results, tiny_config, tmp_path):
+    config = tiny_config(hidden_dim=64, latent_dim=8, epochs=2).to_dict()
+    for method, bits in (("vq_ema", 3.5), ("ba_vq", 3.9), ("ba_vq_lambda10", 3.7)):
+        record = {"method": method, "seed": 0, "psnr": 20 + bits, "bits_per_index": bits, "config": config}
+        (results / f"{method}.json").write_text(json.dumps(record))
+    compare.rate_distortion_figure(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
