@@ -313,3 +313,16 @@ def test_no_host_sync_in_a_training_step():
         vqvae.train_step(model, optimizer, x, torch.float32)
         with Watch():
             vqvae.train_step(model, optimizer, x, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["vq_ema_k128_s0", "ba_vq_k128_s0"])
+def test_a_checkpoint_of_format_version_1_stays_loadable(name):
+    """The committed sample runs were written before whitening existed."""
+    folder = ROOT / "results" / "sample" / name
+    assert torch.load(folder / "final_model.pt", weights_only=True)["format_version"] == 1
+    model, config = vqvae.load_model(folder / "final_model.pt")
+    stored = json.loads((folder / "final_metrics.json").read_text())
+    metrics = vqvae.evaluate(model, vqvae.test_images(config), config.codebook_size)
+    assert config.whitening == 0
+    assert metrics["psnr"] == pytest.approx(stored["psnr"], abs=1e-3)
+    assert metrics["perplexity"] == pytest.approx(stored["perplexity"], rel=1e-3)
