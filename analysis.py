@@ -252,9 +252,9 @@ def cell_sizes(runs, images):
         counts = torch.bincount(indices, minlength=len(codebook))
         radius = (sums[counts > 0] / counts[counts > 0]).sqrt()
         axes.hist((radius / radius.mean()).numpy(), bins=np.linspace(0, 3, 40), histtype="step", linewidth=1.5,
-                  color=PALETTE[number % len(PALETTE)], label=f"{name} ({len(radius)} cells in use)",
+                  weights=np.full(len(radius), 1 / len(radius)), color=PALETTE[number % len(PALETTE)], label=f"{name} ({len(radius)} cells in use)",
                   linestyle=("-", "--", ":", "-.")[number % 4])
-    axes.set(xlabel="cell radius, relative to the mean", ylabel="codes")
+    axes.set(xlabel="cell radius, relative to the mean", ylabel="share of the cells in use")
     _finish(axes)
     return figure
 
