@@ -252,8 +252,8 @@ def cell_sizes(runs, images):
         counts = torch.bincount(indices, minlength=len(codebook))
         radius = (sums[counts > 0] / counts[counts > 0]).sqrt()
         axes.hist((radius / radius.mean()).numpy(), bins=np.linspace(0, 3, 40), histtype="step", linewidth=1.5,
-                  weights=np.full(len(radius), 1 / len(radius)), color=PALETTE[number % len(PALETTE)], label=f"{name} ({len(radius)} cells in use)",
-                  linestyle=("-", "--", ":", "-.")[number % 4])
+                  weights=np.full(len(radius), 1 / len(radius)), color=PALETTE[number % len(PALETTE)],
+                  label=f"{name} ({len(radius)} cells in use)", linestyle=("-", "--", ":", "-.")[number % 4])
     axes.set(xlabel="cell radius, relative to the mean", ylabel="share of the cells in use")
     _finish(axes)
     return figure
@@ -276,6 +276,10 @@ def size_picture(records):
         axes.minorticks_off()
         axes.set(xlabel="codebook size K", ylabel=text)
         axes.margins(0.15)
+    low, high = all_axes[0].get_ylim()
+    slack = max(0, 1 - (high - low)) / 2  # at least 1 dB, or noise looks like a result
+    all_axes[0].set_ylim(low - slack, high + slack)
+    all_axes[1].set_ylim(0, 1.05)
     _finish(*all_axes)
     return figure
 
