@@ -74,14 +74,15 @@ class Inception:
     """clean-fid's TorchScript Inception and resizing: uint8 images (B, S, S, 3) -> features and class probabilities."""
 
     def __init__(self, path, mode, device):
-        try:
-            self.network = torch.jit.load(path, map_location=device).eval()
-            self.weight, self.bias = self.network.output.weight, self.network.output.bias
-        except (RuntimeError, AttributeError, ValueError) as error:
-            raise vqvae.UserError(f"{path}: not clean-fid's TorchScript Inception ({INCEPTION_NAME}), or damaged; "
-                                  "delete it to have it downloaded again") from error
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # torch.jit is called deprecated, but the network comes as TorchScript
+            try:
+                self.network = torch.jit.load(path, map_location=device).eval()
+                self.layers = self.network.layers
+                self.weight, self.bias = self.network.output.weight, self.network.output.bias
+            except (RuntimeError, AttributeError, ValueError) as error:
+                raise vqvae.UserError(f"{path}: not clean-fid's TorchScript Inception ({INCEPTION_NAME}), or damaged; "
+                                      "delete it to have it downloaded again") from error
             self.resize = build_resizer(mode)
         self.device = device
 
@@ -89,7 +90,7 @@ class Inception:
     def __call__(self, images):
         resized = np.stack([self.resize(image) for image in images.cpu().numpy()])  # (B, 299, 299, 3), 0..255
         x = torch.from_numpy(resized).to(self.device).permute(0, 3, 1, 2).float()
-        features = self.network.layers((x - 128) / 128).flatten(1)  # (B, 2048)
+        features = self.layers((x - 128) / 128).flatten(1)  # (B, 2048)
         probabilities = torch.softmax(features @ self.weight.T + self.bias, 1)  # (B, 1008)
         return features.cpu(), probabilities.cpu()
 
@@ -180,7 +181,7 @@ def evaluate_checkpoint(path, options, device, inception, originals):
     images = vqvae.test_images(config)
     if inception is not None and len(images) < 10:
         raise vqvae.UserError(f"test_subset: r-IS needs at least 10 images, not {len(images)}; raise it or add --no_fid")
-    metrics = {"checkpoint": str(path), "dataset": config.dataset,
+    metrics = {"checkpoint": str(path), "dataset": config.dataset, "codebook_size": config.codebook_size,
                **vqvae.evaluate(model, images, config.codebook_size, options.batch_size)}
     if inception is not None:
         network, source = inception
@@ -189,18 +190,21 @@ def evaluate_checkpoint(path, options, device, inception, originals):
             originals[data] = original_features(images, network, options.batch_size)
         metrics.update(inception_metrics(model, images, originals[data], network, options.batch_size), **source)
     vqvae.write_json(path.parent / "eval_metrics.json", metrics)
-    vqvae.reconstruction_picture(model, images[:16], path.parent / "reconstructions.png")
+    vqvae.reconstruction_picture(model, images[:16], f"{config.name}: PSNR {metrics['psnr']:.2f} dB on {len(images)} test images",
+                                 path.parent / "reconstructions.png")
     vqvae.usage_picture(vqvae.code_histogram(model, images, config.codebook_size),
-                        f"perplexity {metrics['perplexity']:.0f} of {config.codebook_size}", path.parent / "codebook_usage.png")
+                        f"{config.name}: perplexity {metrics['perplexity']:.0f} of {config.codebook_size}",
+                        path.parent / "codebook_usage.png")
     return metrics
 
 
 def print_table(rows):
-    columns = ["psnr", "psnr_per_image", "psnr_y", "ssim", "perplexity", "usage_rate", "bits_per_index", "num_images",
-               "rfid", "ris", "ris_std"]
-    columns = [c for c in columns if any(c in row for row in rows)]
+    columns = {"psnr": ".3f", "psnr_per_image": ".3f", "psnr_y": ".3f", "ssim": ".4f", "codebook_size": "d", "perplexity": ".1f",
+               "usage_rate": ".2%", "bits_per_index": ".3f", "num_images": "d", "rfid": ".3f", "ris": ".3f", "ris_std": ".3f"}
+    columns = {key: form for key, form in columns.items() if any(key in row for row in rows)}
     lines = [["checkpoint", *columns]]
-    lines += [[row["checkpoint"], *(f"{row[c]:.6g}" if c in row else "" for c in columns)] for row in rows]
+    lines += [[row["checkpoint"], *(format(row[key], form) if key in row else "-" for key, form in columns.items())]
+              for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
@@ -228,7 +232,7 @@ def main(argv=None):
     rows = [evaluate_checkpoint(path, options, device, inception, originals) for path in paths]
     print_table(rows)
     if missing is not None:
-        print(f"error: r-FID and r-IS are missing: {missing}; then give it as --inception FILE", file=sys.stderr)
+        print(f"error: r-FID and r-IS are missing: {missing}; or give it as --inception FILE", file=sys.stderr)
         return 3
     return 0
 

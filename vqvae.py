@@ -1323,7 +1323,7 @@ def save_checkpoint(folder, position, model, optimizer, config, step, losses, hi
 # Pictures
 
 
-def reconstruction_picture(model, images, path):
+def reconstruction_picture(model, images, title, path):
     """PNG: originals uint8 (N, S, S, 3) in the upper row of each pair, reconstructions below."""
     device = next(model.parameters()).device
     with torch.no_grad(), _eval_mode(model):
@@ -1332,9 +1332,13 @@ def reconstruction_picture(model, images, path):
     originals = images.permute(0, 3, 1, 2).cpu()  # (N, 3, S, S)
     rows = [row for pair in zip(originals.split(8), y.split(8)) for row in pair]
     grid = torchvision.utils.make_grid(torch.cat(rows), nrow=8, padding=2, pad_value=255)
-    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    picture = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
-    atomic_write(path, lambda file: picture.save(file, "png"))
+    scale = max(1, 64 // images.shape[1])
+    pixels = grid.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
+    height, width = pixels.shape[:2]
+    figure = Figure(figsize=(width / 100, height / 100 + 0.42), dpi=100)
+    figure.figimage(pixels)  # from the lower left corner, each image pixel scale x scale pixels
+    figure.text(4 / width, 0.99, f"{title}\noriginals above, reconstructions below", fontsize=8, verticalalignment="top")
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def usage_picture(histogram, title, path):
@@ -1347,6 +1351,8 @@ def usage_picture(histogram, title, path):
     axes.axhline(1 / len(share), color="#D55E00", linestyle="--", label="uniform use, 1/K")
     axes.set(yscale="log", xlabel="code, sorted by use", ylabel="share of test indices", title=title,
              xlim=(0, len(share) + 1))
+    low, high = share[share > 0].min(), share.max()
+    axes.set_ylim(min(low, 0.1 / len(share)) / 1.2, max(high, 10 / len(share)) * 1.2)  # two decades: even use looks even
     axes.legend()
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
@@ -1648,7 +1654,8 @@ def finish_run(config, folder, model, train_set, test_set):
     metrics["config"] = config.to_dict()
     state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict()}
     atomic_write(folder / "final_model.pt", lambda file: torch.save(state, file))
-    reconstruction_picture(model, test_set[:16], folder / "reconstructions.png")
+    reconstruction_picture(model, test_set[:16], f"{config.name}: PSNR {metrics['psnr']:.2f} dB on {len(test_set)} test images",
+                           folder / "reconstructions.png")
     usage_picture(histogram, f"{config.name}: perplexity {metrics['perplexity']:.0f} of {config.codebook_size}",
                   folder / "codebook_usage.png")
     write_json(folder / "final_metrics.json", metrics)
@@ -1674,7 +1681,7 @@ def run_command(main):
         print(stop, file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
-        print("stopped before training began; nothing is lost", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|enough memory", str(error)):

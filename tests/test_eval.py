@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import eval_cifar
 import vqvae
@@ -109,7 +110,7 @@ def test_the_whole_path_with_a_stand_in(run_folder, stand_in, mode, capsys):
     code = eval_cifar.main(["--checkpoint", str(run_folder / "final_model.pt"), "--inception", str(stand_in),
                             "--mode", mode, "--batch_size", "16"])
     metrics = json.loads((run_folder / "eval_metrics.json").read_text())
-    assert code == 0 and metrics["rfid"] > 0 and metrics["ris"] >= 1
+    assert code == 0 and metrics["rfid"] > 0 and metrics["ris"] >= 1 and metrics["num_images"] == 40
     assert metrics["fid_mode"] == mode and len(metrics["inception_sha256"]) == 64 and metrics["clean_fid_version"]
     trained = json.loads((run_folder / "final_metrics.json").read_text())
     for key in ("psnr", "ssim", "perplexity", "usage_rate", "bits_per_index"):
@@ -181,6 +182,23 @@ def test_inception_is_downloaded_once_to_the_cache(stand_in, tmp_path, monkeypat
     assert eval_cifar.Inception(path, "clean", "cpu")
 
 
+def test_the_pictures_show_the_test_images(run_folder):
+    for name in ("reconstructions.png", "codebook_usage.png"):
+        (run_folder / name).unlink()
+    assert eval_cifar.main(["--checkpoint", str(run_folder), "--no_fid"]) == 0
+    model, config = vqvae.load_model(run_folder / "final_model.pt")
+    images = vqvae.test_images(config)[:16]  # 16 pixels a side, shown fourfold; 2 pixels between
+    pixels = np.asarray(Image.open(run_folder / "reconstructions.png").convert("RGB"))
+    bottom = pixels.shape[0] - 4 * (4 * 18 + 2)
+    y = vqvae.to_bytes(model(vqvae.to_float(images)).images).permute(0, 2, 3, 1).detach()
+    for row, shown in ((0, images[:8]), (1, y[:8]), (2, images[8:]), (3, y[8:])):
+        for column in range(8):
+            top, left = bottom + 4 * (2 + 18 * row), 4 * (2 + 18 * column)
+            got = pixels[top:top + 64:4, left:left + 64:4].astype(int)
+            assert np.abs(got - shown[column].numpy()).max() <= 1, (row, column)
+    assert (run_folder / "codebook_usage.png").stat().st_size > 3000
+
+
 def test_a_folder_stands_for_all_runs_below(run_folder, tiny_config, capsys):
     vqvae.train(tiny_config(epochs=1, name="other", quantizer="vq_ema"))
     assert eval_cifar.main(["--checkpoint", str(run_folder.parent), "--no_fid"]) == 0
@@ -219,7 +237,8 @@ def test_bad_words_give_one_line(words, tmp_path, monkeypatch, capsys):
 
 def test_a_bad_inception_file_is_named(run_folder, tmp_path, capsys):
     (tmp_path / "bad.pt").write_bytes(b"no network")
-    for file in ("bad.pt", "missing.pt"):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "foreign.pt")
+    for file in ("bad.pt", "missing.pt", "foreign.pt"):
         words = ["--checkpoint", str(run_folder), "--inception", str(tmp_path / file)]
         assert vqvae.run_command(partial(eval_cifar.main, words)) == 2
         err = capsys.readouterr().err
