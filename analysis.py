@@ -1,11 +1,16 @@
 """Tables and pictures of finished runs; what analyze.ipynb and the sweep show.
 
-    python analysis.py experiments/quick_vq_ema experiments/quick_ba_vq     # a table, summary.png and usage.png
-    python analysis.py experiments/*
+    python analysis.py experiments/quick_vq_ema experiments/quick_ba_vq     # tables, summary.png and usage.png
+    python analysis.py experiments/* --sort_by psnr                         # or codebook_size, perplexity, seed, ...
+
+The pictures go beside the first run folder.
 """
 
+import argparse
+import collections
 import dataclasses
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -13,16 +18,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+import train
 import vqvae
 
-# Okabe & Ito: told apart by colour-blind eyes and, with the markers, in grey print.
-STYLE = {"vq_ema": ("#D55E00", "o", "VQ-EMA"), "ba_vq": ("#0072B2", "s", "BA-VQ")}
-PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe & Ito: told apart by colour-blind eyes and, with markers and lines, in grey print. One family per quantizer.
+COLORS = {"vq_ema": ("#D55E00", "#E69F00", "#CC79A7"), "ba_vq": ("#0072B2", "#56B4E9", "#009E73")}
+MARKERS = {"vq_ema": "o^v<", "ba_vq": "sDPX"}
+LINES = {"vq_ema": ("--", ":", "-.", "-"), "ba_vq": ("-", "--", ":", "-.")}
 COLUMNS = [("psnr", "PSNR dB", "{:.2f}"), ("ssim", "SSIM", "{:.4f}"), ("perplexity", "perplexity", "{:.1f}"),
            ("perplexity_share", "perp./K", "{:.1%}"), ("usage_rate", "usage", "{:.1%}"),
            ("bits_per_index", "bits/index", "{:.3f}")]
-DIFFERENCES = ("psnr", "ssim", "perplexity", "usage_rate", "bits_per_index")
+DIFFERENCES = [("psnr", "PSNR dB", "{:+.3f}"), ("ssim", "SSIM", "{:+.4f}"), ("perplexity", "perplexity", "{:+.1f}"),
+               ("usage_rate", "usage", "{:+.1%}"), ("bits_per_index", "bits/index", "{:+.3f}")]
+IN_METHOD = ("quantizer", "vq_recipe", "entropy_weight", "whitening", "metric")  # what method() tells
 
 
 def load_runs(folders):
@@ -45,17 +55,18 @@ def find_runs(out_dir):
     return sorted(path.parent for path in Path(out_dir).glob("*/final_metrics.json"))
 
 
+def one_seed(folders):
+    """Of the runs that differ in nothing but the seed, the first folder."""
+    first = {}
+    for folder, record in zip(folders, load_runs(folders)):
+        first.setdefault(_key(record, "seed"), folder)
+    return list(first.values())
+
+
 def method(config):
     """Short label of a quantizer and its recipe."""
     name = f"VQ-EMA {config.vq_recipe}" if config.quantizer == "vq_ema" else f"BA-VQ λ={config.entropy_weight:g}"
-    return name + (" whitened" if config.whitening else "")
-
-
-def _setting(record):
-    """What two runs must share to be compared: everything but the quantizer's own settings."""
-    own = {"quantizer", "vq_recipe", "restart_threshold", "warmup_fraction", "entropy_weight", "temperature_start",
-           "temperature_end", "anneal_fraction", "ba_iters", "ema_decay", "whitening"}
-    return {key: value for key, value in identity(record).items() if key not in own}
+    return name + (" whitened" if config.whitening else "") + (" cosine" if config.metric == "cosine" else "")
 
 
 def identity(record):
@@ -63,30 +74,64 @@ def identity(record):
     return vqvae.identity(vqvae.Config.from_dict(record["config"]))
 
 
+def _key(record, *without):
+    """A record's settings as text to group by, less some."""
+    return json.dumps({key: value for key, value in identity(record).items() if key not in without}, sort_keys=True)
+
+
+def _setting(record):
+    """What two runs must share to be compared: everything but the quantizer's own settings."""
+    return _key(record, "quantizer", "vq_recipe", "restart_threshold", "warmup_fraction", "entropy_weight", "temperature_start",
+                "temperature_end", "anneal_fraction", "ba_iters", "ema_decay", "whitening")
+
+
+def _groups(records, key):
+    """Lists of records with the same key(record), in order of appearance."""
+    groups = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return list(groups.values())
+
+
+def _pairs(records):
+    """(BA-VQ record, VQ-EMA record) wherever both share all settings but the quantizer's."""
+    return [(ba, ema) for group in _groups(records, _setting)
+            for ba in group if ba["config"]["quantizer"] == "ba_vq"
+            for ema in group if ema["config"]["quantizer"] == "vq_ema"]
+
+
+def _change(ba, ema):
+    return {key: ba[key] - ema[key] for key, _, _ in DIFFERENCES if key in ba and key in ema}
+
+
 def differences(records):
     """BA-VQ minus VQ-EMA for each pair of runs that share all settings but the quantizer's, as a list of dicts."""
-    pairs = []
-    for ba in (record for record in records if record["config"]["quantizer"] == "ba_vq"):
-        for ema in (record for record in records if record["config"]["quantizer"] == "vq_ema"):
-            if _setting(ba) == _setting(ema):
-                pairs.append({"ba_vq": ba["name"], "vq_ema": ema["name"],
-                              **{key: ba[key] - ema[key] for key in DIFFERENCES}})
-    return pairs
+    return [{"ba_vq": ba["name"], "vq_ema": ema["name"], **_change(ba, ema)} for ba, ema in _pairs(records)]
 
 
-def table(records, sort_by="name"):
-    """Text table of runs, sorted by any key of the records, and of the BA-over-EMA differences."""
-    records = sorted(records, key=lambda record: record[sort_by])
-    header = ["run", "method", "K", *(title for _, title, _ in COLUMNS)]
-    rows = [[record["name"], record["method"], str(record["config"]["codebook_size"]),
-             *(form.format(record[key]) for key, _, form in COLUMNS)] for record in records]
-    lines = _aligned([header, *rows])
-    pairs = differences(records)
+def _cells(values, columns):
+    return [form.format(values[key]) if key in values else "-" for key, _, form in columns]  # no SSIM below 11 pixels
+
+
+def _sort_value(record, key):
+    """A record's metric or setting as something that sorts: None last, "inf" as a number."""
+    if key not in record and key not in record["config"]:
+        raise vqvae.UserError(f"sort_by: no metric or setting is called {key!r}; final_metrics.json has their names")
+    value = record[key] if key in record else record["config"][key]
+    return value is None, math.inf if value == "inf" else value
+
+
+def table(records, sort_by="name", descending=False):
+    """Text table of runs, sorted by any metric or setting, and of the BA-over-EMA differences. Raises UserError."""
+    records = sorted(records, key=lambda record: _sort_value(record, sort_by), reverse=descending)
+    lines = _aligned([["run", "method", "K", "D", "seed", *(title for _, title, _ in COLUMNS)]] + [
+        [record["name"], record["method"], *(str(record["config"][key]) for key in ("codebook_size", "latent_dim", "seed")),
+         *_cells(record, COLUMNS)] for record in records])
+    pairs = _pairs(records)
     if pairs:
         lines += ["", "BA-VQ over VQ-EMA:"]
-        lines += _aligned([["runs", "PSNR dB", "perplexity", "usage"]] + [
-            [f"{pair['ba_vq']} - {pair['vq_ema']}", f"{pair['psnr']:+.2f}", f"{pair['perplexity']:+.1f}",
-             f"{pair['usage_rate']:+.1%}"] for pair in pairs])
+        lines += _aligned([["runs", *(title for _, title, _ in DIFFERENCES)]] + [
+            [f"{ba['name']} - {ema['name']}", *_cells(_change(ba, ema), DIFFERENCES)] for ba, ema in pairs])
     return "\n".join(lines)
 
 
@@ -97,57 +142,96 @@ def _aligned(rows):
 
 
 def over_seeds(records):
-    """Text table of mean and standard deviation over the runs that differ only in seed."""
-    groups = {}
+    """Text table of mean ± standard deviation over seeds: of runs, and of BA-over-EMA differences paired by seed."""
+    groups = _groups(records, lambda record: _key(record, "seed"))
+    settings = [identity(group[0]) for group in groups]
+    told = {"seed", "codebook_size", "latent_dim", *IN_METHOD}
+    varied = [key for key in settings[0] if key not in told and len({str(setting.get(key)) for setting in settings}) > 1]
+    rows = [["method", "K", "D", *varied, "seeds", *(title for _, title, _ in COLUMNS)]]
+    for group, setting in zip(groups, settings):
+        rows.append([group[0]["method"], *(str(setting.get(key)) for key in ("codebook_size", "latent_dim", *varied)),
+                     str(len(group)), *_mean_and_spread(group, COLUMNS)])
+    lines = _aligned(rows)
+    pairs = _groups(_pairs(records), lambda pair: (_key(pair[0], "seed"), _key(pair[1], "seed")))
+    if pairs:
+        rows = [["BA-VQ over VQ-EMA", "K", "D", "seeds", *(title for _, title, _ in DIFFERENCES)]]
+        for group in pairs:
+            ba, ema = group[0]
+            rows.append([f"{ba['method']} - {ema['method']}", str(ba["config"]["codebook_size"]),
+                         str(ba["config"]["latent_dim"]), str(len(group)),
+                         *_mean_and_spread([_change(*pair) for pair in group], DIFFERENCES)])
+        lines += ["", *_aligned(rows)]
+    return "\n".join(lines)
+
+
+def _mean_and_spread(group, columns):
+    cells = []
+    for key, _, form in columns:
+        values = [member[key] for member in group if key in member]
+        cell = form.format(statistics.mean(values)) if values else "-"
+        cells.append(cell + (" ± " + form.replace("+", "").format(statistics.stdev(values)) if len(values) > 1 else ""))
+    return cells
+
+
+def looks(records, label):
+    """{label(record): color, marker, line style and label}: a family of colours for each quantizer."""
+    styles, counts = {}, collections.Counter()
     for record in records:
-        groups.setdefault(json.dumps({**identity(record), "seed": None}, sort_keys=True), []).append(record)
-    rows = [["method", "K", "D", "seeds", "PSNR dB", "perplexity", "usage"]]
-    for group in groups.values():
-        config = group[0]["config"]
-        rows.append([group[0]["method"], str(config["codebook_size"]), str(config["latent_dim"]), str(len(group)),
-                     _mean_and_spread(group, "psnr", "{:.2f}"), _mean_and_spread(group, "perplexity", "{:.1f}"),
-                     _mean_and_spread(group, "usage_rate", "{:.3f}")])
-    return "\n".join(_aligned(rows))
+        text, quantizer = label(record), record["config"]["quantizer"]
+        if text not in styles:
+            n = counts[quantizer]
+            counts[quantizer] += 1
+            styles[text] = {"color": COLORS[quantizer][n % 3], "marker": MARKERS[quantizer][n % 4],
+                            "linestyle": LINES[quantizer][n % 4], "label": text}
+    return styles
 
 
-def _mean_and_spread(group, key, form):
-    values = [record[key] for record in group]
-    mean = statistics.mean(values)
-    return form.format(mean) + (f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else "")
+def _name(record):
+    return record["name"]
 
 
-def look(record, number):
-    """(color, marker, line style) of a run: color and marker by quantizer, line by position."""
-    color, marker, _ = STYLE[record["config"]["quantizer"]]
-    return color, marker, ("-", "--", ":", "-.")[number % 4]
+def _finish(figure, columns=2):
+    """Grids, and one legend below all axes, where it hides nothing."""
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    rows = math.ceil(len(labels) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
+    return figure
+
+
+def _at_least_a_decibel(axes):
+    """Widen a narrow PSNR axis, or noise looks like a result."""
+    low, high = axes.get_ylim()
+    slack = max(0, 1 - (high - low)) / 2
+    axes.set_ylim(low - slack, high + slack)
 
 
 def training_curves(folders):
-    """Figure: validation PSNR and share of the codebook in use, by epoch."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    """Figure: PSNR and share of the codebook in use, by epoch; of the validation images, or without them of training."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for number, (folder, record) in enumerate(zip(folders, load_runs(folders))):
+    records = load_runs(folders)
+    styles = looks(records, _name)
+    for folder, record in zip(folders, records):
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         lines = [line for line in lines if "train_perplexity" in line]  # without epochs of warm-up
         split = "val" if "val_psnr" in lines[-1] else "train"
-        color, marker, style = look(record, number // 2)
-        options = dict(color=color, marker=marker, linestyle=style, markersize=4, label=record["name"])
+        options = {**styles[record["name"]], "markersize": 4}
+        if split == "train":
+            options["label"] += " (training images)"
         epochs = [line["epoch"] for line in lines]
-        if split == "val":
-            left.plot(epochs, [line["val_psnr"] for line in lines], **options)
+        left.plot(epochs, [line["val_psnr"] if split == "val" else -10 * math.log10(line["recon_loss"]) for line in lines],
+                  **options)
         size = record["config"]["codebook_size"]
         right.plot(epochs, [line[f"{split}_perplexity"] / size for line in lines], **options)
     left.set(xlabel="epoch", ylabel="PSNR in dB (validation)")
     right.set(xlabel="epoch", ylabel="perplexity / K (validation)", ylim=(0, 1.02))
-    _finish(left, right)
-    return figure
-
-
-def _finish(*all_axes):
-    for axes in all_axes:
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8)
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _at_least_a_decibel(left)
+    return _finish(figure)
 
 
 def open_run(folder, data_dir=None, device="cpu"):
@@ -158,60 +242,114 @@ def open_run(folder, data_dir=None, device="cpu"):
     return model, config, vqvae.test_images(config)
 
 
-def usage_histograms(runs):
-    """Figure: sorted share of each code on the test set; runs is {label: histogram (K,)}."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+def open_runs(folders):
+    """(records, models, code histograms, test images) of the runs that share the first one's test images."""
+    records, models, histograms = [], [], []
+    data = images = None
+    for folder, record in zip(folders, load_runs(folders)):
+        own = [identity(record).get(key) for key in ("dataset", "data_dir", "image_size", "test_subset")]
+        if data is None:
+            data, images = own, open_run(folder)[2]
+        if own != data:
+            print(f"left out, other test images: {record['name']}")
+            continue
+        model, config = vqvae.load_model(Path(folder) / "final_model.pt")
+        records.append(record)
+        models.append(model)
+        histograms.append(vqvae.code_histogram(model, images, config.codebook_size))
+    return records, models, histograms, images
+
+
+def usage_histograms(records, histograms):
+    """Figure: sorted share of each code on the test set, relative to uniform use; a histogram (K,) for each record."""
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.add_subplot()
-    for number, (name, histogram) in enumerate(runs.items()):
+    styles = looks(records, _name)
+    lowest, highest = 0.1, 10  # two decades at least, or even use looks uneven
+    for record, histogram in zip(records, histograms):
         share = np.sort(histogram.double().numpy())[::-1] * len(histogram) / histogram.sum().item()
         perplexity = vqvae.codebook_metrics(histogram)["perplexity"]
-        color, style = PALETTE[number % len(PALETTE)], ("-", "--", ":", "-.")[number % 4]
-        axes.plot(np.linspace(0, 1, len(share)), np.where(share > 0, share, np.nan), color=color, linestyle=style,
-                  label=f"{name}: perplexity/K = {perplexity / len(histogram):.2f}")
+        lowest, highest = min(lowest, share[share > 0].min() / 1.2), max(highest, share.max() * 1.2)
+        options = {**styles[record["name"]], "marker": "", "label": f"{record['name']}: perplexity/K = "
+                   f"{perplexity / len(histogram):.2f}"}
+        axes.plot((np.arange(len(share)) + 0.5) / len(share), np.where(share > 0, share, np.nan), **options)
     axes.axhline(1, color="0.5", linewidth=1)
-    axes.set(yscale="log", xlabel="codes, sorted by use (fraction of K)", ylabel="use, relative to uniform (1/K)")
-    _finish(axes)
-    return figure
+    axes.set(yscale="log", xlim=(0, 1), ylim=(lowest, highest), xlabel="codes, sorted by use (fraction of K)",
+             ylabel="use on the test set, relative to 1/K")
+    axes.yaxis.set_major_formatter("{x:g}")
+    return _finish(figure)
 
 
-def reconstruction_grid(runs, images):
-    """Figure: originals uint8 (N, S, S, 3) in the first row, each run's reconstructions below; runs is {label: model}."""
-    rows = {"original": images.numpy()}
-    for name, model in runs.items():
+def reconstruction_grid(records, models, images, indices=range(10)):
+    """Figure: test images uint8 (N, S, S, 3) at fixed indices in the first row, each run's reconstructions below."""
+    indices = [i for i in indices if i < len(images)]
+    originals = images[indices]
+    rows = {"original": originals.numpy()}
+    for record, model in zip(records, models):
         with torch.no_grad():
-            rows[name] = vqvae.to_bytes(model(vqvae.to_float(images)).images).permute(0, 2, 3, 1).numpy()
-    figure = Figure(figsize=(1.1 * len(images), 1.2 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), len(images), squeeze=False)
+            pictures = vqvae.to_bytes(model(vqvae.to_float(originals)).images).permute(0, 2, 3, 1).numpy()
+        rows[f"{record['name']}: PSNR {record['psnr']:.2f} dB on the test set"] = pictures
+    figure = Figure(figsize=(1.1 * len(indices), 1.25 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(indices), squeeze=False)
     for line, (name, pictures) in zip(grid, rows.items()):
         for axes, picture in zip(line, pictures):
             axes.imshow(picture, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
-        line[0].set_title(name, fontsize=8, loc="left")
+            axes.set_title(" ", fontsize=8)  # room for the name, which may be wider than the first column
+        line[0].annotate(name, (0, 1), xycoords="axes fraction", xytext=(0, 4), textcoords="offset points",
+                         fontsize=8).set_in_layout(False)
+    for axes, i in zip(grid[-1], indices):
+        axes.set_xlabel(f"image {i}", fontsize=8)
     return figure
+
+
+def _curves(records, varied):
+    """Curves over one setting: lists of points, each the records that differ in seed only, two points at least."""
+    curves = []
+    for group in _groups(records, lambda record: _key(record, "seed", "ema_decay", varied)):  # the decay follows K
+        group.sort(key=lambda record: _sort_value(record, varied))
+        points = _groups(group, lambda record: record["config"][varied])
+        if len(points) > 1:
+            curves.append(points)
+    return curves
+
+
+def _means(groups, *keys):
+    """For each group of records the means of some metrics, as one list per metric."""
+    return [[statistics.mean(record[key] for record in group) for group in groups] for key in keys]
 
 
 def rate_distortion(records):
-    """Figure: rate (entropy of the code histogram) against distortion, one point per run; BA-VQ joined over lambda."""
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    """Figure: rate (entropy of the code histogram) against distortion, one point per run.
+
+    Lines join means over seeds: dotted from K to K, solid from lambda to lambda. Vertical: log2 K, the highest rate.
+    """
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    labelled = set()
-    groups = {}
-    for record in records:
-        others = json.dumps({**identity(record), "entropy_weight": None}, sort_keys=True)
-        groups.setdefault(others, []).append(record)
-    for group in groups.values():
-        quantizer, size = group[0]["config"]["quantizer"], group[0]["config"]["codebook_size"]
-        color, marker, name = STYLE[quantizer]
-        group = sorted(group, key=lambda record: record["bits_per_index"])
-        axes.plot([r["bits_per_index"] for r in group], [r["psnr"] for r in group], marker, color=color,
-                  linestyle="-" if quantizer == "ba_vq" else "none", label=None if name in labelled else name)
-        axes.annotate(f"K={size}", (group[-1]["bits_per_index"], group[-1]["psnr"]), textcoords="offset points",
-                      xytext=(5, -10), fontsize=8)
-        labelled.add(name)
-    axes.margins(0.15)
+
+    def kind(record):  # method without lambda
+        return record["method"].replace(f" λ={float(record['config']['entropy_weight']):g}", "")
+
+    styles = looks(records, kind)
+    for group in _groups(records, kind):
+        axes.plot([r["bits_per_index"] for r in group], [r["psnr"] for r in group],
+                  **{**styles[kind(group[0])], "linestyle": "none", "markersize": 5})
+    for curve in _curves(records, "codebook_size"):
+        axes.plot(*_means(curve, "bits_per_index", "psnr"), ":", color=styles[kind(curve[0][0])]["color"])
+    for curve in _curves([r for r in records if r["config"]["quantizer"] == "ba_vq"], "entropy_weight"):
+        rates, psnrs = _means(curve, "bits_per_index", "psnr")
+        axes.plot(rates, psnrs, "-", color=styles[kind(curve[0][0])]["color"], linewidth=1)
+        for rate, psnr, point in zip(rates, psnrs, curve):
+            axes.annotate(f"λ={float(point[0]['config']['entropy_weight']):g}", (rate, psnr), textcoords="offset points",
+                          xytext=(-5, 5), ha="right", fontsize=7)
+    axes.margins(0.1)
     axes.set(xlabel="rate in bits per index (entropy, test set)", ylabel="PSNR in dB (test set)")
-    _finish(axes)
-    return figure
+    _at_least_a_decibel(axes)
+    for size in sorted({record["config"]["codebook_size"] for record in records}):
+        axes.axvline(math.log2(size), color="0.6", linewidth=0.8)
+        axes.annotate(f"K={size}", (math.log2(size), 1), xycoords=axes.get_xaxis_transform(), textcoords="offset points",
+                      xytext=(0, 3), ha="center", fontsize=8)
+    return _finish(figure, columns=3)
 
 
 def latents_of(model, images):
@@ -221,67 +359,82 @@ def latents_of(model, images):
     return torch.nn.functional.normalize(z, dim=1) if model.quantizer.metric == "cosine" else z
 
 
-def codes_and_latents(model, images, title):
-    """Figure: 2-D PCA of latents (dots) and codes (crosses), axes of the latents."""
-    z, codes = latents_of(model, images), model.quantizer.codebook
-    if z.shape[1] == 1:  # a second axis, empty
-        z, codes = (torch.nn.functional.pad(x, (0, 1)) for x in (z, codes))
-    mean = z.mean(0)
-    _, singular, axes_2d = torch.linalg.svd(z - mean, full_matrices=False)
-    share = singular.square() / singular.square().sum()
-    points, centres = ((x - mean) @ axes_2d[:2].T for x in (z, codes))
-    figure = Figure(figsize=(5, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.scatter(*points[:4000].T.numpy(), s=2, color="0.6", label="latents")
-    axes.scatter(*centres.T.numpy(), s=14, marker="x", color="#D55E00", label="codes")
-    names = [f"principal component {i + 1} ({share[i]:.0%} of the variance)" for i in range(len(points[0]))]
-    axes.set(xlabel=names[0], ylabel=names[1], title=title)
-    _finish(axes)
-    return figure
+def codes_and_latents(records, models, images):
+    """Figure: for each run a 2-D PCA of latents (dots) and codes (crosses), axes of the latents."""
+    columns = min(3, len(models))
+    rows = math.ceil(len(models) / columns)
+    figure = Figure(figsize=(3.6 * columns, 3.4 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, record, model in zip(grid, records, models):
+        z, codes = latents_of(model, images), model.quantizer.codebook
+        if z.shape[1] == 1:  # a second axis, empty
+            z, codes = (torch.nn.functional.pad(x, (0, 1)) for x in (z, codes))
+        mean = z.mean(0)
+        _, singular, axes_2d = torch.linalg.svd(z - mean, full_matrices=False)
+        share = singular.square() / singular.square().sum()
+        points, centres = ((x - mean) @ axes_2d[:2].T for x in (z, codes))
+        axes.scatter(*points[:4000].T.numpy(), s=2, color="0.6", label="latents", rasterized=True)
+        axes.scatter(*centres.T.numpy(), s=14, marker="x", linewidth=1, color=COLORS["vq_ema"][0], label="codes")
+        axes.set(xlabel=f"component 1 ({share[0]:.0%} of variance)", ylabel=f"component 2 ({share[1]:.0%})")
+        axes.set_title(record["name"], fontsize=9)
+    for axes in grid[len(models):]:
+        axes.remove()
+    return _finish(figure)
 
 
-def cell_sizes(runs, images):
-    """Figure: distribution over codes of the root mean squared distance inside a cell, relative to its mean."""
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
+def cell_radii(model, images):
+    """Root mean squared distance from each code in use to its latents, (codes in use,)."""
+    z, codebook = latents_of(model, images), model.quantizer.codebook
+    indices = vqvae.nearest_code(z, codebook)
+    squared = (z - codebook[indices]).square().sum(1)
+    sums = torch.zeros(len(codebook)).index_add_(0, indices, squared)
+    counts = torch.bincount(indices, minlength=len(codebook))
+    return (sums[counts > 0] / counts[counts > 0]).sqrt()
+
+
+def cell_sizes(records, models, images):
+    """Figure: for each run the sorted radii of the nearest-code cells, relative to their mean."""
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.add_subplot()
-    for number, (name, model) in enumerate(runs.items()):
-        z, codebook = latents_of(model, images), model.quantizer.codebook
-        indices = vqvae.nearest_code(z, codebook)
-        squared = (z - codebook[indices]).square().sum(1)
-        sums = torch.zeros(len(codebook)).index_add_(0, indices, squared)
-        counts = torch.bincount(indices, minlength=len(codebook))
-        radius = (sums[counts > 0] / counts[counts > 0]).sqrt()
-        axes.hist((radius / radius.mean()).numpy(), bins=np.linspace(0, 3, 40), histtype="step", linewidth=1.5,
-                  weights=np.full(len(radius), 1 / len(radius)), color=PALETTE[number % len(PALETTE)],
-                  label=f"{name} ({len(radius)} cells in use)", linestyle=("-", "--", ":", "-.")[number % 4])
-    axes.set(xlabel="cell radius, relative to the mean", ylabel="share of the cells in use")
-    _finish(axes)
-    return figure
+    styles = looks(records, _name)
+    for record, model in zip(records, models):
+        radii = cell_radii(model, images)
+        radii = (radii / radii.mean()).sort(descending=True).values.numpy()
+        axes.plot((np.arange(len(radii)) + 0.5) / len(radii), radii,
+                  **{**styles[record["name"]], "marker": "", "label": f"{record['name']} ({len(radii)} cells in use)"})
+    axes.axhline(1, color="0.5", linewidth=1)
+    axes.set(xlim=(0, 1), xlabel="cells in use, sorted by radius (fraction)", ylabel="cell radius, relative to the mean")
+    axes.set_ylim(bottom=0)
+    return _finish(figure)
 
 
 def size_picture(records):
-    """Figure: PSNR and share of the codebook in use against K, one point per run."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    all_axes = figure.subplots(1, 2)
+    """Figure: PSNR, share of the codebook in use and share used at all against K: one point per run, lines join means."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    all_axes = figure.subplots(1, 3)
     sizes = sorted({record["config"]["codebook_size"] for record in records})
-    for axes, key, text in zip(all_axes, ("psnr", "perplexity_share"), ("PSNR in dB (test set)", "perplexity / K (test set)")):
-        for quantizer, (color, marker, name) in STYLE.items():
-            for metric, fill in (("euclid", color), ("cosine", "white")):
-                chosen = [r for r in records if (r["config"]["quantizer"], r["config"]["metric"]) == (quantizer, metric)]
-                if chosen:
-                    axes.plot([r["config"]["codebook_size"] for r in chosen], [r[key] for r in chosen], marker,
-                              color=color, markerfacecolor=fill, markersize=8, label=f"{name}, {metric}")
+    styles = looks(records, lambda record: record["method"])
+    for axes, key, text in zip(all_axes, ("psnr", "perplexity_share", "usage_rate"),
+                               ("PSNR in dB (test set)", "perplexity / K (test set)", "codes used at least once / K (test set)")):
+        for number, group in enumerate(_groups(records, lambda record: record["method"])):
+            shift = 1.06 ** (number - (len(styles) - 1) / 2)  # equal values stay visible side by side
+            style = styles[group[0]["method"]]
+            axes.plot([r["config"]["codebook_size"] * shift for r in group], [r[key] for r in group],
+                      **{**style, "linestyle": "none"}, markersize=6, clip_on=False)
+            for curve in _curves(group, "codebook_size"):
+                axes.plot([point[0]["config"]["codebook_size"] * shift for point in curve], *_means(curve, key),
+                          color=style["color"], linestyle=style["linestyle"], linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
         axes.set(xlabel="codebook size K", ylabel=text)
         axes.margins(0.15)
-    low, high = all_axes[0].get_ylim()
-    slack = max(0, 1 - (high - low)) / 2  # at least 1 dB, or noise looks like a result
-    all_axes[0].set_ylim(low - slack, high + slack)
-    all_axes[1].set_ylim(0, 1.05)
-    _finish(*all_axes)
-    return figure
+        if len(sizes) == 1:
+            axes.set_xlim(sizes[0] / 2, sizes[0] * 2)
+    _at_least_a_decibel(all_axes[0])
+    for axes in all_axes[1:]:
+        axes.set_ylim(0, 1.05)
+    return _finish(figure, columns=3)
 
 
 def save_figure(figure, path):
@@ -290,24 +443,27 @@ def save_figure(figure, path):
 
 
 def main(argv=None):
-    folders = [Path(word) for word in (sys.argv[1:] if argv is None else argv)]
-    if not folders or any(str(word).startswith("-") for word in folders):
-        raise vqvae.UserError("usage: python analysis.py RUN_FOLDER...")
-    unfinished = [folder.name for folder in folders if folder.is_dir() and not (folder / "final_metrics.json").exists()]
-    folders = [folder for folder in folders if (folder / "final_metrics.json").exists()]
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="finished runs; others are skipped")
+    parser.add_argument("--sort_by", default="name", metavar="KEY", help="metric or setting that orders the table (default name)")
+    options = parser.parse_args(argv)
+    unfinished = [path.name for path in options.folders if path.is_dir() and not (path / "final_metrics.json").exists()]
+    folders = [path for path in options.folders if (path / "final_metrics.json").exists()]
     if unfinished:
         print(f"left out, no finished run: {', '.join(unfinished)}")
     records = load_runs(folders)
     if not records:
         raise vqvae.UserError("none of these is a run folder")
-    print(table(records))
+    print(table(records, options.sort_by))
+    if len({record["config"]["seed"] for record in records}) > 1:
+        print(f"\n{over_seeds(records)}")
     out_dir = folders[0].parent
     save_figure(size_picture(records), out_dir / "summary.png")
-    histograms = {}
-    for folder, record in zip(folders, records):
+    histograms = []
+    for folder in folders:
         model, config, images = open_run(folder)
-        histograms[record["name"]] = vqvae.code_histogram(model, images, config.codebook_size)
-    save_figure(usage_histograms(histograms), out_dir / "usage.png")
+        histograms.append(vqvae.code_histogram(model, images, config.codebook_size))
+    save_figure(usage_histograms(records, histograms), out_dir / "usage.png")
     print(f"pictures: {out_dir / 'summary.png'}, {out_dir / 'usage.png'}; "
           "reconstructions.png and codebook_usage.png in each run folder")
 

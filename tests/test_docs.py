@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def pictures_and_text(outputs):
 
 def test_the_notebook_runs_without_runs(tmp_path, monkeypatch):
     pictures, text = pictures_and_text(run_notebook(tmp_path / "none", monkeypatch))
-    assert pictures == 7 and "make run" in text and "sample" in text and "BA-VQ over VQ-EMA" in text
+    assert pictures == 7 and "make run" in text and "sample" in text
+    assert text.count("BA-VQ over VQ-EMA") == 2 and " ± " in text
 
 
 def test_the_notebook_shows_the_users_runs(tmp_path, tiny_config, monkeypatch):
@@ -41,29 +43,79 @@ def test_the_notebook_shows_the_users_runs(tmp_path, tiny_config, monkeypatch):
 
 
 def test_figures_of_every_kind(tiny_config, tmp_path):
-    for metric in ("euclid", "cosine"):
-        vqvae.train(tiny_config(name=metric, metric=metric, epochs=1))
+    small = dict(epochs=1, image_size=8, val_size=0)  # no SSIM, no validation images
+    vqvae.train(tiny_config(name="ema", quantizer="vq_ema", vq_recipe="classical", **small))
+    vqvae.train(tiny_config(name="ba", **small))
+    vqvae.train(tiny_config(name="ba_cosine", metric="cosine", latent_dim=1, **small))
+    vqvae.train(tiny_config(name="ba_lambda0_k8", entropy_weight=0.0, codebook_size=8, **small))
     folders = analysis.find_runs(tiny_config().out_dir)
-    model, config, images = analysis.open_run(folders[0])
-    assert config.metric == "cosine" and len(images) == 40
-    histogram = vqvae.code_histogram(model, images, 16)
-    records = analysis.load_runs(folders)
-    figures = [analysis.training_curves(folders), analysis.usage_histograms({"a": histogram}),
-               analysis.reconstruction_grid({"a": model}, images[:3]), analysis.rate_distortion(records),
-               analysis.codes_and_latents(model, images, "a"), analysis.cell_sizes({"a": model}, images),
+    records, models, histograms, images = analysis.open_runs(folders)
+    assert [record["name"] for record in records] == ["ba", "ba_cosine", "ba_lambda0_k8", "ema"] and len(images) == 40
+    assert [len(histogram) for histogram in histograms] == [16, 16, 8, 16]
+    figures = [analysis.training_curves(folders), analysis.usage_histograms(records, histograms),
+               analysis.reconstruction_grid(records, models, images, [0, 3, 99]), analysis.rate_distortion(records),
+               analysis.codes_and_latents(records, models, images), analysis.cell_sizes(records, models, images),
                analysis.size_picture(records)]
     for figure in figures:
         analysis.save_figure(figure, tmp_path / "figure.png")
-        labels = [text for axes in figure.axes for text in (axes.get_xlabel(), axes.get_ylabel())]
-        assert (tmp_path / "figure.png").stat().st_size > 3000 and (any(labels) or figure is figures[2])
+        shown = [axes for axes in figure.axes if axes.has_data()]
+        assert (tmp_path / "figure.png").stat().st_size > 3000 and shown
+        if figure is not figures[2]:
+            assert all(axes.get_xlabel() and axes.get_ylabel() for axes in shown) and figure.legends
+    assert [axes.get_xlabel() for axes in figures[2].axes[-2:]] == ["image 0", "image 3"]
+    assert "-" in analysis.table(records).splitlines()[1].split()  # the SSIM that is absent
+
+
+def test_runs_on_other_images_are_left_out(tiny_config, capsys):
+    for name, size in (("a", 16), ("b", 8), ("c", 16)):
+        vqvae.train(tiny_config(name=name, image_size=size, epochs=1))
+    records, models, _, images = analysis.open_runs(analysis.find_runs(tiny_config().out_dir))
+    assert [record["name"] for record in records] == ["a", "c"] and len(models) == 2 and images.shape[1] == 16
+    assert "left out, other test images: b" in capsys.readouterr().out
+
+
+def made_up(config, **metrics):
+    """A record of analysis.load_runs without training."""
+    values = {"psnr": 20.0, "ssim": 0.5, "perplexity": 10.0, "perplexity_share": 0.6, "usage_rate": 1.0, "bits_per_index": 3.3}
+    return {"name": config.name, "method": analysis.method(config), **values, **metrics, "config": config.to_dict()}
 
 
 def test_over_seeds_shows_mean_and_deviation(tiny_config):
-    def record(seed, psnr):
-        return {"method": "BA-VQ", "config": tiny_config(seed=seed).to_dict(), "psnr": psnr,
-                "perplexity": 10.0, "usage_rate": 1.0}
+    records = [made_up(tiny_config(seed=seed, quantizer=quantizer), psnr=psnr) for seed, quantizer, psnr in
+               ((0, "ba_vq", 20.0), (1, "ba_vq", 22.0), (0, "vq_ema", 19.5), (1, "vq_ema", 21.0), (2, "vq_ema", 9.0))]
+    text = analysis.over_seeds(records)
+    assert "21.00 ± 1.41" in text  # BA-VQ
+    assert "+0.750 ± 0.354" in text  # paired by seed: 0.5 and 1; the third baseline has no partner
 
-    assert "21.00 ± 1.41" in analysis.over_seeds([record(0, 20.0), record(1, 22.0)])
+
+def test_over_seeds_tells_settings_apart(tiny_config):
+    lines = analysis.over_seeds([made_up(tiny_config(lr=lr)) for lr in (0.001, 0.002)]).splitlines()
+    assert "lr" in lines[0].split() and "0.001" in lines[1] and "0.002" in lines[2]
+
+
+def test_the_table_is_sortable(tiny_config):
+    records = [made_up(tiny_config(name="a", codebook_size=256), psnr=20.0),
+               made_up(tiny_config(name="b", codebook_size=32, entropy_weight=3.0), psnr=22.0),
+               made_up(tiny_config(name="c", codebook_size=64, train_subset=None), psnr=21.0)]
+
+    def order(*arguments, **options):
+        return "".join(line[0] for line in analysis.table(records, *arguments, **options).splitlines()[1:])
+
+    assert order() == "abc" and order("psnr") == "acb" and order("psnr", descending=True) == "bca"
+    assert order("codebook_size") == "bca" and order("entropy_weight")[0] == "b" and order("train_subset")[-1] == "c"
+    with pytest.raises(vqvae.UserError, match="sort_by"):
+        analysis.table(records, "quality")
+
+
+def test_cell_radii_by_hand():
+    class Model:
+        quantizer = SimpleNamespace(codebook=torch.tensor([[0.0], [10.0], [99.0]]), metric="euclid")
+
+        def latents(self, x):
+            return torch.tensor([3.0, -4.0, 12.0]).view(3, 1, 1, 1)
+
+    radii = analysis.cell_radii(Model(), torch.zeros(3, 4, 4, 3, dtype=torch.uint8))
+    assert radii.tolist() == pytest.approx([12.5 ** 0.5, 2.0])  # the third code is not in use
 
 
 def test_the_lifting_snippet_works():
