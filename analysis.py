@@ -79,10 +79,10 @@ def _key(record, *without):
     return json.dumps({key: value for key, value in identity(record).items() if key not in without}, sort_keys=True)
 
 
-def _setting(record):
+def _setting(record, *without):
     """What two runs must share to be compared: everything but the quantizer's own settings."""
     return _key(record, "quantizer", "vq_recipe", "restart_threshold", "warmup_fraction", "entropy_weight", "temperature_start",
-                "temperature_end", "anneal_fraction", "ba_iters", "ema_decay", "whitening")
+                "temperature_end", "anneal_fraction", "ba_iters", "ema_decay", "whitening", *without)
 
 
 def _groups(records, key):
@@ -196,6 +196,7 @@ def _finish(figure, columns=2):
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     rows = math.ceil(len(labels) / columns)
+    figure.get_layout_engine().set(w_pad=0.1)
     figure.set_figheight(figure.get_figheight() + 0.2 * rows)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
     return figure
@@ -320,35 +321,44 @@ def _means(groups, *keys):
 
 
 def rate_distortion(records):
-    """Figure: rate (entropy of the code histogram) against distortion, one point per run.
+    """Figure: rate (entropy of the code histogram) against distortion, one point per run, lines through means over seeds.
 
-    Lines join means over seeds: dotted from K to K, solid from lambda to lambda. Vertical: log2 K, the highest rate.
+    Left all runs, dotted from K to K; then, for each setting where lambda varies, its runs, BA-VQ joined from lambda to
+    lambda. Vertical: log2 K, the highest rate.
     """
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.add_subplot()
+    curves = _curves([record for record in records if record["config"]["quantizer"] == "ba_vq"], "entropy_weight")
+    over_lambda = {_setting(curve[0][0], "seed"): [] for curve in curves}
+    for curve in curves:
+        over_lambda[_setting(curve[0][0], "seed")].append(curve)
 
     def kind(record):  # method without lambda
         return record["method"].replace(f" λ={float(record['config']['entropy_weight']):g}", "")
 
     styles = looks(records, kind)
-    for group in _groups(records, kind):
-        axes.plot([r["bits_per_index"] for r in group], [r["psnr"] for r in group],
-                  **{**styles[kind(group[0])], "linestyle": "none", "markersize": 5})
-    for curve in _curves(records, "codebook_size"):
-        axes.plot(*_means(curve, "bits_per_index", "psnr"), ":", color=styles[kind(curve[0][0])]["color"])
-    for curve in _curves([r for r in records if r["config"]["quantizer"] == "ba_vq"], "entropy_weight"):
-        rates, psnrs = _means(curve, "bits_per_index", "psnr")
-        axes.plot(rates, psnrs, "-", color=styles[kind(curve[0][0])]["color"], linewidth=1)
-        for rate, psnr, point in zip(rates, psnrs, curve):
-            axes.annotate(f"λ={float(point[0]['config']['entropy_weight']):g}", (rate, psnr), textcoords="offset points",
-                          xytext=(-5, 5), ha="right", fontsize=7)
-    axes.margins(0.1)
-    axes.set(xlabel="rate in bits per index (entropy, test set)", ylabel="PSNR in dB (test set)")
-    _at_least_a_decibel(axes)
-    for size in sorted({record["config"]["codebook_size"] for record in records}):
-        axes.axvline(math.log2(size), color="0.6", linewidth=0.8)
-        axes.annotate(f"K={size}", (math.log2(size), 1), xycoords=axes.get_xaxis_transform(), textcoords="offset points",
-                      xytext=(0, 3), ha="center", fontsize=8)
+    figure = Figure(figsize=(5.5 + 4 * len(over_lambda), 4), layout="constrained")
+    all_axes = figure.subplots(1, 1 + len(over_lambda), squeeze=False)[0]
+    for axes, only in zip(all_axes, (None, *over_lambda)):
+        chosen = [record for record in records if only in (None, _setting(record, "seed"))]
+        for group in _groups(chosen, kind):
+            axes.plot([r["bits_per_index"] for r in group], [r["psnr"] for r in group],
+                      **{**styles[kind(group[0])], "linestyle": "none", "markersize": 5})
+        for curve in _curves(chosen, "codebook_size"):
+            axes.plot(*_means(curve, "bits_per_index", "psnr"), ":", color=styles[kind(curve[0][0])]["color"])
+        if only:
+            axes.set_title(f"λ varied, D={chosen[0]['config']['latent_dim']}", fontsize=9, loc="left")
+        for curve in over_lambda.get(only, []):
+            rates, psnrs = _means(curve, "bits_per_index", "psnr")
+            axes.plot(rates, psnrs, "-", color=styles[kind(curve[0][0])]["color"], linewidth=1)
+            for number, point in enumerate(curve):  # by turns above and below
+                axes.annotate(f"λ={float(point[0]['config']['entropy_weight']):g}", (rates[number], psnrs[number]), fontsize=8,
+                              xytext=(0, -20 if number % 2 else 14), textcoords="offset points", ha="center")
+        axes.margins(0.15)
+        axes.set(xlabel="rate in bits per index (entropy, test set)", ylabel="PSNR in dB (test set)")
+        _at_least_a_decibel(axes)
+        for size in sorted({record["config"]["codebook_size"] for record in chosen}):
+            axes.axvline(math.log2(size), color="0.6", linewidth=0.8)
+            axes.annotate(f"K={size}", (math.log2(size), 1), xycoords=axes.get_xaxis_transform(), textcoords="offset points",
+                          xytext=(0, 3), ha="center", fontsize=8)
     return _finish(figure, columns=3)
 
 
@@ -417,7 +427,7 @@ def size_picture(records):
     for axes, key, text in zip(all_axes, ("psnr", "perplexity_share", "usage_rate"),
                                ("PSNR in dB (test set)", "perplexity / K (test set)", "codes used at least once / K (test set)")):
         for number, group in enumerate(_groups(records, lambda record: record["method"])):
-            shift = 1.06 ** (number - (len(styles) - 1) / 2)  # equal values stay visible side by side
+            shift = 1.2 ** ((number + 0.5) / len(styles) - 0.5)  # equal values stay visible side by side
             style = styles[group[0]["method"]]
             axes.plot([r["config"]["codebook_size"] * shift for r in group], [r[key] for r in group],
                       **{**style, "linestyle": "none"}, markersize=6, clip_on=False)

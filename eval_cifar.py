@@ -181,6 +181,7 @@ def evaluate_checkpoint(path, options, device, inception, originals):
     images = vqvae.test_images(config)
     if inception is not None and len(images) < 10:
         raise vqvae.UserError(f"test_subset: r-IS needs at least 10 images, not {len(images)}; raise it or add --no_fid")
+    print(f"{path}: {len(images)} test images of {config.dataset}", flush=True)
     metrics = {"checkpoint": str(path), "dataset": config.dataset, "codebook_size": config.codebook_size,
                **vqvae.evaluate(model, images, config.codebook_size, options.batch_size)}
     if inception is not None:
