@@ -35,7 +35,7 @@ def make_parser():
     parser.add_argument("--no_wandb", action="store_true", help="never log to Weights & Biases, whatever the YAML says")
     hints = typing.get_type_hints(vqvae.Config)
     for field in dataclasses.fields(vqvae.Config):
-        default = "" if field.default is None else f" (default {field.default})"
+        default = "" if field.default is None or field.default is False else f" (default {field.default})"
         help_text = (field.metadata["help"] + default).replace("%", "%%")
         if hints[field.name] is bool:
             parser.add_argument(f"--{field.name}", action="store_true", help=help_text)
