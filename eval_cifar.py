@@ -2,6 +2,7 @@
 
     python eval_cifar.py --checkpoint experiments/RUN/final_model.pt
     python eval_cifar.py --checkpoint experiments                     # every final_model.pt below
+    python eval_cifar.py --checkpoint experiments --refine 2          # codes improved by two passes through the decoder
     python eval_cifar.py --checkpoint experiments/RUN/final_model.pt --inception ~/inception-2015-12-05.pt
 
 r-FID is the Frechet distance (Heusel et al. 2017) between Inception features of the test images and of
@@ -123,13 +124,13 @@ def original_features(images, inception, batch_size):
     return torch.cat([inception(batch)[0] for batch in batches])
 
 
-def inception_metrics(model, images, originals, inception, batch_size):
+def inception_metrics(model, images, originals, inception, batch_size, refine=0):
     """r-FID and r-IS of a model's reconstructions of images uint8 (N, S, S, 3), with features `originals`, as a dict."""
     device = next(model.parameters()).device
     features, probabilities = [], []
     for batch in tqdm(images.split(batch_size), desc="inception, reconstructions", disable=None):
         with torch.no_grad():
-            y = vqvae.to_bytes(model(vqvae.to_float(batch.to(device))).images).permute(0, 2, 3, 1)
+            y = vqvae.to_bytes(model(vqvae.to_float(batch.to(device)), refine=refine).images).permute(0, 2, 3, 1)
         f, p = inception(y)
         features.append(f)
         probabilities.append(p)
@@ -163,10 +164,14 @@ def parse(argv):
     parser.add_argument("--mode", default="clean", choices=("clean", "legacy_pytorch"),
                         help="resizing to 299 pixels: clean (Pillow, antialiased bicubic) or legacy_pytorch (PyTorch, "
                              "bilinear); the network is the same")
+    parser.add_argument("--refine", type=int, default=0, metavar="N", help="passes through the decoder that correct the latents "
+                        "before their nearest codes are taken (default 0)")
     parser.add_argument("--no_fid", action="store_true", help="leave out r-FID and r-IS")
     options = parser.parse_args(argv)
     if options.batch_size < 1:
         raise vqvae.UserError(f"batch_size: {options.batch_size} must be at least 1")
+    if options.refine < 0:
+        raise vqvae.UserError(f"refine: {options.refine} must be at least 0")
     return options
 
 
@@ -182,19 +187,20 @@ def evaluate_checkpoint(path, options, device, inception, originals):
     if inception is not None and len(images) < 10:
         raise vqvae.UserError(f"test_subset: r-IS needs at least 10 images, not {len(images)}; raise it or add --no_fid")
     print(f"{path}: {len(images)} test images of {config.dataset}", flush=True)
-    metrics = {"checkpoint": str(path), "dataset": config.dataset, "codebook_size": config.codebook_size,
-               **vqvae.evaluate(model, images, config.codebook_size, options.batch_size)}
+    size, refine = config.codebook_size, options.refine
+    metrics = {"checkpoint": str(path), "dataset": config.dataset, "codebook_size": size, "refine": refine,
+               **vqvae.evaluate(model, images, size, options.batch_size, refine=refine)}
     if inception is not None:
         network, source = inception
         data = (config.dataset, config.data_dir, config.image_size, config.test_subset)
         if data not in originals:
             originals[data] = original_features(images, network, options.batch_size)
-        metrics.update(inception_metrics(model, images, originals[data], network, options.batch_size), **source)
+        metrics.update(inception_metrics(model, images, originals[data], network, options.batch_size, refine), **source)
     vqvae.write_json(path.parent / "eval_metrics.json", metrics)
     vqvae.reconstruction_picture(model, images[:16], f"{config.name}: PSNR {metrics['psnr']:.2f} dB on {len(images)} test images",
-                                 path.parent / "reconstructions.png")
-    vqvae.usage_picture(vqvae.code_histogram(model, images, config.codebook_size),
-                        f"{config.name}: perplexity {metrics['perplexity']:.0f} of {config.codebook_size}",
+                                 path.parent / "reconstructions.png", refine)
+    vqvae.usage_picture(vqvae.code_histogram(model, images, size, refine=refine),
+                        f"{config.name}: perplexity {metrics['perplexity']:.0f} of {size}",
                         path.parent / "codebook_usage.png")
     return metrics
 

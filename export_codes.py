@@ -2,6 +2,7 @@
 
     python export_codes.py encode --checkpoint experiments/RUN/final_model.pt --output test_codes.npz
     python export_codes.py encode --checkpoint experiments/RUN/final_model.pt --split train --output train_codes.npz
+    python export_codes.py encode --checkpoint experiments/RUN/final_model.pt --refine 2 --output better_codes.npz
     python export_codes.py decode --checkpoint experiments/RUN/final_model.pt --input test_codes.npz --output images.npz
 
 The .npz of encode holds `indices` (N, H, W), unsigned, of the smallest type that holds K, and `codebook_size`;
@@ -24,11 +25,11 @@ import vqvae
 
 
 @torch.no_grad()
-def encode(model, images, batch_size=500):
-    """Images uint8 (N, S, S, 3) -> code indices int64 (N, S/f, S/f) on the CPU."""
+def encode(model, images, batch_size=500, refine=0):
+    """Images uint8 (N, S, S, 3) -> code indices int64 (N, S/f, S/f) on the CPU; refine: passes of VQVAE.refined."""
     device = next(model.parameters()).device
     batches = tqdm(images.split(batch_size), desc="encoding", disable=None)
-    return torch.cat([model.encode(vqvae.to_float(batch.to(device))).cpu() for batch in batches])
+    return torch.cat([model.encode(vqvae.to_float(batch.to(device)), refine).cpu() for batch in batches])
 
 
 @torch.no_grad()
@@ -54,13 +55,15 @@ def save_npz(path, **arrays):
 
 
 def encode_command(options, model, config):
+    if options.refine < 0:
+        raise vqvae.UserError(f"refine: {options.refine} must be at least 0")
     if options.data_dir is not None:
         config = dataclasses.replace(config, data_dir=options.data_dir)
     train_split = {"train": 0, "val": 1}.get(options.split)
     images = vqvae.test_images(config) if train_split is None else vqvae.training_images(config)[train_split]
     if not len(images):
         raise vqvae.UserError(f"split: the {options.split} split of this run is empty")
-    indices = encode(model, images)
+    indices = encode(model, images, refine=options.refine)
     kind = np.min_scalar_type(config.codebook_size - 1)
     save_npz(options.output, indices=indices.numpy().astype(kind), codebook_size=config.codebook_size)
     pixels = images.shape[1] * images.shape[2]
@@ -98,6 +101,8 @@ def parse(argv):
         command.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, mps, cuda or cuda:N")
         if name == "encode":
             command.add_argument("--split", default="test", choices=("train", "val", "test"), help="default test")
+            command.add_argument("--refine", type=int, default=0, metavar="N",
+                                 help="passes through the decoder that improve the codes (default 0)")
             command.add_argument("--data_dir", metavar="DIR", help="where the data set is (default: as in training)")
         else:
             command.add_argument("--input", required=True, metavar="FILE.npz", help="a file of `encode`")

@@ -55,6 +55,7 @@ from tqdm import tqdm
 
 FORMAT_VERSION = 2  # of checkpoints and final models; 1 had no whitening
 RECON_WEIGHT = 8.0  # of the mean squared error of [0, 1] images against the commitment loss
+REFINE_STEP = 0.7  # of VQVAE.refined
 
 
 class UserError(Exception):
@@ -595,6 +596,13 @@ class Quantizer(nn.Module):
         return Quantized(z_q, indices.view(rows.shape[:-1]), loss)
 
     @torch.no_grad()
+    def nearest(self, z):
+        """Codes nearest to latents z (B, D, H, W), in the shape of z, float32. Changes no state."""
+        rows = z.permute(0, 2, 3, 1)  # (B, H, W, D)
+        indices = nearest_code(self._on_sphere(rows.reshape(-1, self.dim).float()), self.codebook, self.mahalanobis)
+        return self.codes(indices).view(rows.shape).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
     def _train_step(self, z):
         if self.whitening:
             self._adapt_distance(z)
@@ -807,17 +815,43 @@ class VQVAE(nn.Module):
         """Codes (B, D, H, W) -> images (B, 3, S, S), not clamped."""
         return (self.decoder(z_q) + 1) / 2
 
-    def forward(self, x, quantize=True):
-        """Images -> Reconstruction; with quantize=False the plain autoencoder (indices and loss are None)."""
-        z = self.latents(x)
+    def forward(self, x, quantize=True, refine=0):
+        """Images -> Reconstruction. quantize=False: the plain autoencoder (indices and loss are None); refine: as in `encode`."""
+        z = self.refined(x, refine) if refine else self.latents(x)
         if not quantize:
             return Reconstruction(self.reconstruct(z), None, None)
         z_q, indices, loss = self.quantizer(z)
         return Reconstruction(self.reconstruct(z_q), indices, loss)
 
-    def encode(self, x):
-        """Images (B, 3, S, S) -> code indices (B, S/f, S/f)."""
-        return self.quantizer(self.latents(x))[1]
+    @torch.no_grad()
+    def refined(self, x, passes):
+        """Latents (B, D, H, W) of images x, moved towards where the decoder wants them, in `passes` passes through it.
+
+        The distortion that counts is the image's, sum |decoder(e) - x|^2. To second order around the codes e in use, the best
+        codes are those nearest to e - g / h, g its gradient and h its curvature (|g| / |e - z|, one for each image). A pass
+        moves every second latent 0.7 of the way there from z: neighbours overlap in the image, so they take turns.
+        Not differentiable, and meant for eval mode: training with it makes the encoder lean on it, until perplexity and PSNR
+        fall (results/LOG.md). Needs a quantizer of this module.
+        """
+        latents = self.latents(x).float()
+        z = F.normalize(latents, dim=1) if self.quantizer.metric == "cosine" else latents
+        rows, columns = (torch.arange(n, device=z.device) for n in z.shape[2:])
+        parity = (rows[:, None] + columns) % 2  # (H, W)
+        moved = z
+        for i in range(passes):
+            codes = self.quantizer.nearest(moved)  # (B, D, H, W)
+            with torch.inference_mode(False), torch.enable_grad():
+                e = codes.clone().requires_grad_()
+                g, = torch.autograd.grad((self.reconstruct(e).float() - x).square().sum(), e)
+            gap = codes - z
+            per_image = gap.flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1).clamp_min(1e-30)  # (B,) 1 / h
+            target = z + REFINE_STEP * (gap - per_image[:, None, None, None] * g)
+            moved = torch.where(parity == i % 2, target, moved)
+        return moved
+
+    def encode(self, x, refine=0):
+        """Images (B, 3, S, S) -> code indices (B, S/f, S/f); refine: passes of `refined`."""
+        return self.quantizer(self.refined(x, refine) if refine else self.latents(x))[1]
 
     def decode(self, indices):
         """Code indices (B, H, W) -> images (B, 3, S, S), clamped to [0, 1]."""
@@ -1072,22 +1106,23 @@ def codebook_metrics(histogram):
 
 
 @torch.no_grad()
-def code_histogram(model, images, codebook_size, batch_size=500):
-    """How often each code is the nearest over images uint8 (N, S, S, 3): (K,) int64. Eval mode, float32."""
+def code_histogram(model, images, codebook_size, batch_size=500, refine=0):
+    """How often each code is chosen over images uint8 (N, S, S, 3): (K,) int64. Eval mode, float32; refine: see `evaluate`."""
     device = next(model.parameters()).device
     histogram = torch.zeros(codebook_size, dtype=torch.int64, device=device)
     with _eval_mode(model):
         for batch in images.split(batch_size):
-            indices = model.encode(to_float(batch.to(device))).flatten()
+            indices = model.encode(to_float(batch.to(device)), refine).flatten()
             histogram.scatter_add_(0, indices, torch.ones_like(indices))
     return histogram
 
 
 @torch.no_grad()
-def evaluate(model, images, codebook_size, batch_size=500, dtype=torch.float32):
+def evaluate(model, images, codebook_size, batch_size=500, dtype=torch.float32, refine=0):
     """Metrics of a model on images uint8 (N, S, S, 3), as a dict of floats; CODE_OVERVIEW.md has the glossary.
 
-    Eval mode, hard indices, pooled over all images. dtype: autocast type of the networks.
+    Eval mode, hard indices, pooled over all images. dtype: autocast type of the networks. refine: passes of VQVAE.refined
+    before the nearest codes are taken; quantization_error and commitment_loss are then of the refined latents.
     """
     device = next(model.parameters()).device
     luma = torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)  # BT.601
@@ -1098,7 +1133,7 @@ def evaluate(model, images, codebook_size, batch_size=500, dtype=torch.float32):
         for batch in tqdm(images.split(batch_size), desc="evaluating", leave=False, disable=None):
             x = to_float(batch.to(device))  # (B, 3, S, S)
             with _autocast(device, dtype):
-                z = model.latents(x)
+                z = model.refined(x, refine) if refine else model.latents(x)
                 z_q, indices, loss = model.quantizer(z)
                 y = model.reconstruct(z_q).float()
             z = F.normalize(z.float(), dim=1) if getattr(model.quantizer, "metric", "") == "cosine" else z.float()
@@ -1323,12 +1358,12 @@ def save_checkpoint(folder, position, model, optimizer, config, step, losses, hi
 # Pictures
 
 
-def reconstruction_picture(model, images, title, path):
+def reconstruction_picture(model, images, title, path, refine=0):
     """PNG: originals uint8 (N, S, S, 3) in the upper row of each pair, reconstructions below."""
     device = next(model.parameters()).device
     with torch.no_grad(), _eval_mode(model):
         x = to_float(images.to(device))
-        y = to_bytes(model(x).images).cpu()
+        y = to_bytes(model(x, refine=refine).images).cpu()
     originals = images.permute(0, 3, 1, 2).cpu()  # (N, 3, S, S)
     rows = [row for pair in zip(originals.split(8), y.split(8)) for row in pair]
     grid = torchvision.utils.make_grid(torch.cat(rows), nrow=8, padding=2, pad_value=255)

@@ -43,6 +43,7 @@ METHODS = {
     **{name: ["--quantizer", "vq_ema"] for name in peers.PEERS},
 }
 RESULTS = ROOT / "results" / "compare"
+REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of this project only)
 REFERENCE = "vq_ema"  # differences are taken to this method, seed by seed
 
 
@@ -66,6 +67,10 @@ def run(method, size, dim, seed, extra, threads):
     torch.manual_seed(seed)
     quantizer = peers.PEERS[method](config) if method in peers.PEERS else None
     metrics = vqvae.train(config, quantizer)
+    if quantizer is None:
+        model, _ = vqvae.load_model(Path(config.out_dir) / name / "final_model.pt", vqvae.pick_device(config.device)[0])
+        refined = vqvae.evaluate(model, vqvae.test_images(config), size, refine=REFINE)
+        metrics.update({f"refined_{key}": refined[key] for key in ("psnr", "perplexity", "usage_rate")})
     timing = [json.loads(line) for line in (Path(config.out_dir) / name / "timing.jsonl").read_text().splitlines()]
     command = f"python benchmarks/compare.py --methods {method} --codebook_sizes {size} --latent_dims {dim} --seeds {seed}"
     vqvae.write_json(target, {"method": method, "command": " ".join([command, *extra]), "torch": torch.__version__,
@@ -97,16 +102,18 @@ def summary():
     """Markdown of results/compare: per setting and method the mean and spread over seeds, differences and a test."""
     lines = ["# Comparison of quantizers", "",
              "Test set, hard indices, eval mode; mean ± standard deviation over seeds. ΔPSNR is the mean difference to",
-             f"`{REFERENCE}` (tuned) over paired seeds, p the two-sided paired t-test of it. Made by "
-             "`python benchmarks/compare.py --summary` from `results/compare/*.json`; each file holds its command.", ""]
+             f"`{REFERENCE}` (tuned) over paired seeds, p the two-sided paired t-test of it. Refined: the same models, their",
+             f"codes improved by {REFINE} passes through the decoder (VQVAE.refined). Made by `python benchmarks/compare.py --summary`",
+             "from `results/compare/*.json`; each file holds its command.", ""]
     for (dataset, size, dim, hidden, epochs), methods in sorted(load_results().items()):
         lines += [f"## {dataset}, K={size}, D={dim}, hidden {hidden}, {epochs} epochs", "",
-                  "| method | seeds | PSNR dB | perplexity | perplexity/K | usage | ΔPSNR dB | p |",
-                  "|---|---|---|---|---|---|---|---|"]
+                  "| method | seeds | PSNR dB | perplexity | perplexity/K | usage | ΔPSNR dB | p | refined PSNR dB |",
+                  "|---|---|---|---|---|---|---|---|---|"]
         for method, runs in sorted(methods.items(), key=lambda item: -max(r["psnr"] for r in item[1].values())):
             records = list(runs.values())
             paired = sorted(set(runs) & set(methods.get(REFERENCE, {})))
             deltas = [runs[seed]["psnr"] - methods[REFERENCE][seed]["psnr"] for seed in paired]
+            refined = [r["refined_psnr"] for r in records if "refined_psnr" in r]
             test = scipy.stats.ttest_1samp(deltas, 0).pvalue if len(deltas) > 1 and method != REFERENCE else None
             lines.append(" | ".join([
                 f"| {method}", str(len(records)), spread([r["psnr"] for r in records], "{:.2f}"),
@@ -114,7 +121,8 @@ def summary():
                 f"{sum(r['perplexity'] for r in records) / len(records) / size:.1%}",
                 f"{sum(r['usage_rate'] for r in records) / len(records):.1%}",
                 spread(deltas, "{:+.3f}") if deltas and method != REFERENCE else "",
-                f"{test:.3f} |" if test is not None else " |"]))
+                f"{test:.3f}" if test is not None else "",
+                spread(refined, "{:.2f}") + " |" if refined else " |"]))
         lines.append("")
     return "\n".join(lines)
 

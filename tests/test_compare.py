@@ -26,6 +26,7 @@ def test_one_json_per_run_and_no_repetition(results, tiny, tmp_path, monkeypatch
     line = compare.run("ba_vq", 16, 4, 1, flags, threads=1)
     record = json.loads((results / "ba_vq_k16_d4_h8_e1_s1.json").read_text())
     assert "PSNR" in line and record["seed"] == 1 and record["method"] == "ba_vq" and record["seconds"] > 0
+    assert record["refined_psnr"] != record["psnr"] and 0 < record["refined_usage_rate"] <= 1
     assert "--methods ba_vq --codebook_sizes 16 --latent_dims 4 --seeds 1" in record["command"]
     assert "done before" in compare.run("ba_vq", 16, 4, 1, flags, threads=1)
 

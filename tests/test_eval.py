@@ -118,13 +118,23 @@ def test_the_whole_path_with_a_stand_in(run_folder, stand_in, mode, capsys):
     assert "rfid" in capsys.readouterr().out
 
 
+def test_refined_codes_are_measured_and_recorded(run_folder, stand_in):
+    path, results = run_folder / "final_model.pt", []
+    for refine in ("0", "3"):
+        eval_cifar.main(["--checkpoint", str(path), "--inception", str(stand_in), "--refine", refine])
+        results.append(json.loads((run_folder / "eval_metrics.json").read_text()))
+    plain, refined = results
+    assert (plain["refine"], refined["refine"]) == (0, 3)
+    assert refined["mse"] < plain["mse"] and refined["rfid"] != plain["rfid"]
+
+
 def test_rfid_of_perfect_reconstructions_is_zero(stand_in):
     class Identity(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.anchor = torch.nn.Parameter(torch.zeros(()))
 
-        def forward(self, x):
+        def forward(self, x, refine=0):
             return vqvae.Reconstruction(x, None, None)
 
     images = torch.randint(0, 256, (30, 32, 32, 3), dtype=torch.uint8)
@@ -224,7 +234,8 @@ def test_several_checkpoints_share_the_originals(run_folder, tiny_config, stand_
 
 @pytest.mark.parametrize("words", [
     [], ["--checkpoint"], ["--checkpoint", "nowhere.pt"], ["--checkpoint", "."], ["--checkpoint", "x", "--mode", "best"],
-    ["--checkpoint", "x", "--batch_size", "0"], ["--checkpoint", "x", "--device", "tpu"], ["--inception", "x"]])
+    ["--checkpoint", "x", "--batch_size", "0"], ["--checkpoint", "x", "--refine", "-1"],
+    ["--checkpoint", "x", "--device", "tpu"], ["--inception", "x"]])
 def test_bad_words_give_one_line(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     try:

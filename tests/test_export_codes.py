@@ -38,6 +38,18 @@ def test_other_splits(checkpoint, tmp_path, split, count):
     assert len(np.load(tmp_path / "c.npz")["indices"]) == count
 
 
+def test_refined_codes_reconstruct_better(checkpoint, tmp_path, capsys):
+    model, config = vqvae.load_model(checkpoint)
+    x, errors = vqvae.test_images(config), []
+    for refine in (0, 3):
+        assert not run("encode", "--checkpoint", checkpoint, "--output", tmp_path / "codes.npz", "--refine", refine)
+        indices = torch.from_numpy(np.load(tmp_path / "codes.npz")["indices"].astype(np.int64))
+        errors.append((export_codes.decode(model, indices).float() - x.float()).square().mean())
+    assert errors[1] < errors[0]
+    assert run("encode", "--checkpoint", checkpoint, "--output", tmp_path / "codes.npz", "--refine", -1) == 2
+    assert "refine" in capsys.readouterr().err
+
+
 def test_bits_per_pixel_by_hand():
     indices = torch.tensor([[[0, 1], [2, 3]]])
     assert export_codes.bits_per_pixel(indices, 5, 16) == pytest.approx({"fixed_length": 3 * 4 / 16, "entropy": 2 * 4 / 16})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vqvae
-from vqvae import VQVAE, BAQuantizer, Config
+from vqvae import VQVAE, BAQuantizer, Config, VQEMAQuantizer
 
 
 @pytest.mark.parametrize("size, downsample", [(32, 4), (128, 8), (16, 2), (64, 16), (20, 4)])
@@ -59,6 +59,58 @@ def test_any_module_with_the_triple_is_a_quantizer():
 
     out = VQVAE(Rounding(), 8, 4)(torch.rand(2, 3, 32, 32))
     assert out.images.shape == (2, 3, 32, 32)
+
+
+def refined_by_hand(model, x, passes):
+    """VQVAE.refined latent by latent, for a codebook of numbers (D = 1)."""
+    z = model.latents(x).detach()
+    moved = z.clone()
+    for i in range(passes):
+        e = model.quantizer.nearest(moved).requires_grad_()
+        g, = torch.autograd.grad((model.reconstruct(e) - x).square().sum(), e)
+        for b in range(len(x)):
+            step = (e[b] - z[b]).norm() / g[b].norm()
+            for row in range(z.shape[2]):
+                for column in range(z.shape[3]):
+                    if (row + column) % 2 == i % 2:
+                        gap = e[b, 0, row, column] - z[b, 0, row, column]
+                        moved[b, 0, row, column] = z[b, 0, row, column] + 0.7 * (gap - step * g[b, 0, row, column])
+    return moved.detach()
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_refinement_by_hand(passes):
+    model = VQVAE(VQEMAQuantizer(5, 1), 8, 1).train()
+    x = torch.rand(3, 3, 16, 16)
+    model(x)
+    model.eval()
+    assert torch.allclose(model.refined(x, passes), refined_by_hand(model, x, passes), atol=1e-5)
+    assert torch.equal(model.encode(x, refine=passes), model.quantizer(model.refined(x, passes))[1])
+
+
+def test_refinement_lowers_the_error_of_a_trained_model(tiny_config):
+    config = tiny_config(epochs=6)
+    vqvae.train(config)
+    model, _ = vqvae.load_model(vqvae.Path(config.out_dir) / "tiny" / "final_model.pt")
+    images = vqvae.test_images(config)
+    plain, one, four = (vqvae.evaluate(model, images, config.codebook_size, refine=n)["mse"] for n in (0, 1, 4))
+    assert four < one < plain
+
+
+@pytest.mark.parametrize("metric", ["euclid", "cosine"])
+def test_refinement_changes_no_state_and_works_in_inference_mode(metric):
+    model = VQVAE(BAQuantizer(16, 4, metric=metric), 8, 4).train()
+    x = torch.rand(4, 3, 32, 32)
+    model(x)
+    model.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items() if torch.is_tensor(value)}
+    together = model.refined(x, 1)
+    assert not together.requires_grad and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[key], model.state_dict()[key]) for key in before)
+    with torch.inference_mode():
+        again = model.refined(x, 1)
+    for same, other in ((together, again), (together[1:2], model.refined(x[1:2], 1))):  # whatever the batch
+        assert ((same - other).abs() < 1e-4).float().mean() > 0.98  # a code may flip on a tie
 
 
 def test_weights_come_from_the_seed():
