@@ -6,7 +6,8 @@
 The classical way: float32, NCHW, a DataLoader with worker processes that decodes and augments image by image, one-hot EMA
 statistics, `.item()` of every loss at every step. Both run in turn, `--rounds` times; the ratio is that of the medians. Also
 measured: the network alone (no quantizer), and what the input pipeline, the code histogram and the evaluation of the
-validation split add to an epoch. Random images stand in for a data set. Writes results/speed/throughput_DEVICE.json.
+validation split add to an epoch. The floor is operations and bytes of a step over the matrix and copy rates measured in the
+same run. Random images stand in for a data set. Writes results/speed/throughput_DEVICE.json.
 """
 
 import argparse
@@ -18,13 +19,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import train  # noqa: E402
 import vqvae  # noqa: E402
-from quantizer_step import RESULTS, machine, seconds  # noqa: E402
+from quantizer_step import RESULTS, floor_seconds, machine, machine_rates, rates_line, seconds  # noqa: E402
 
 
 class OneHotEMA(torch.nn.Module):
@@ -107,6 +109,38 @@ def project_epoch(config, images, device, quantize=True, pipeline=True):
     return epoch, model
 
 
+def step_floor(config, device):
+    """Least seconds of one training step: network plus BA-VQ quantizer, each bound by operations or bytes. A dict.
+
+    Operations are counted; bytes are those kept for the backward pass, written and read once, and AdamW's parameters,
+    gradients and two moments, read and written.
+    """
+    model = vqvae.make_model(config).to(device, memory_format=vqvae.memory_format(device)).train()
+    dtype, _ = vqvae.pick_precision(config.precision, device)
+    x = torch.rand(config.batch_size, 3, 32, 32, device=device).contiguous(memory_format=vqvae.memory_format(device))
+    kept = {}  # address: bytes
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            y = model(x, quantize=False).images
+        F.mse_loss(y.float(), x).backward()
+    parameters = 4 * sum(p.numel() for p in model.parameters())
+    moved = 2 * sum(kept.values()) + 8 * parameters
+    network, exact = machine_rates(device, dtype), machine_rates(device)
+    flops = counter.get_total_flops()
+    n = config.batch_size * (32 // config.downsample) ** 2
+    seconds = {"network": max(flops / network["flops_per_second"], moved / network["copy_bytes_per_second"]),
+               "quantizer": floor_seconds(n, config.codebook_size, config.latent_dim, exact)}
+    return {"network_flops": flops, "network_bytes": moved, "precision": str(dtype)[6:], "network_rates": network,
+            "quantizer_rates": exact, "seconds": seconds}
+
+
 def parse(argv):
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=12, metavar="N", help="steps per round (default 12)")
@@ -146,9 +180,17 @@ def main(argv=None):
     ratios["input pipeline and histogram, share of an epoch"] = 1 - rate["ba_vq"] / rate["ba_vq, same batch"]
     # 5,000 validation images per 45,000 training images
     ratios["evaluation of the validation split, share of an epoch"] = evaluation * 5000 / (45000 / rate["ba_vq"])
+    floor = step_floor(own["ba_vq"], device)
+    least = sum(floor["seconds"].values())
+    ratios["ba_vq step / floor"] = config.batch_size / rate["ba_vq"] / least
+    ratios["network step / floor"] = config.batch_size / rate["no quantizer"] / floor["seconds"]["network"]
     RESULTS.mkdir(parents=True, exist_ok=True)
     vqvae.write_json(RESULTS / f"throughput_{device.type}.json", {
-        "machine": machine(device), "config": config.to_dict(), "images_per_second": rate, "ratios": ratios, "raw": times})
+        "machine": machine(device), "config": config.to_dict(), "images_per_second": rate, "ratios": ratios, "floor": floor,
+        "raw": times})
+    for part in ("network", "quantizer"):
+        print(f"floor of the {part}: {floor['seconds'][part] * 1e3:.3g} ms a step; {rates_line(floor[f'{part}_rates'])}")
+    print(f"{'floor':22s} {config.batch_size / least:8.0f} img/s")
     for name, value in rate.items():
         print(f"{name:22s} {value:8.0f} img/s")
     for name, value in ratios.items():
