@@ -11,6 +11,7 @@ Results go to results/speed/quantizer_{step,memory}[_fused]_DEVICE.json, and a t
 """
 
 import argparse
+import importlib.util
 import os
 import resource
 import statistics
@@ -141,26 +142,29 @@ def measure_memory(method, k, d, n, device):
 NAMES = {"vq_ema": "VQ-EMA", "ba_vq": "BA-VQ", "ba_vq_fused": "BA-VQ fused", "lib_ema": "lib EMA", "lib_simvq": "SimVQ"}
 
 
+def table(heads, rows):
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
 def time_table(records, methods):
-    """Markdown: milliseconds, ratios to the floor, to the peer and of the two E-steps."""
+    """Milliseconds; ratios to the floor, of the peer's EMA to own, of the two E-steps."""
     ratios = [("ba_vq_fused", "floor"), ("ba_vq", "ba_vq_fused")] if "ba_vq_fused" in methods else [
         ("ba_vq", "floor"), ("lib_ema", "vq_ema"), ("lib_ema", "ba_vq")]
-    names = {**NAMES, "floor": "floor"}
-    heads = ["K", "D", "N", "floor ms", *(f"{names[m]} ms" for m in methods), *(f"{names[a]} / {names[b]}" for a, b in ratios)]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for r in records:
         t = {**r["seconds"], "floor": r["floor"]}
-        cells = [r["K"], r["D"], r["N"], *(f"{t[m] * 1e3:.3g}" if m in t else "–" for m in ("floor", *methods)),
-                 *(f"{t[a] / t[b]:.2f}" if a in t else "–" for a, b in ratios)]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        rows.append([r["K"], r["D"], r["N"], *(f"{t[m] * 1e3:.3g}" if m in t else "–" for m in ("floor", *methods)),
+                     *(f"{t[a] / t[b]:.2f}" if a in t else "–" for a, b in ratios)])
+    names = {**NAMES, "floor": "floor"}
+    return table(["K", "D", "N", *(f"{names[m]} ms" for m in ("floor", *methods)),
+                  *(f"{names[a]} / {names[b]}" for a, b in ratios)], rows)
 
 
 def memory_table(records):
-    lines = ["| K | D | N | extra MiB | N·D + K·D MiB |", "|---|---|---|---|---|"]
-    lines += [f"| {r['K']} | {r['D']} | {r['N']} | {r['extra_bytes'] / 2**20:.0f} | {r['inputs_bytes'] / 2**20:.0f} |"
-              for r in records]
-    return "\n".join(lines)
+    rows = [[r["K"], r["D"], r["N"], *(f"{r[key] / 2**20:.0f}" for key in ("extra_bytes", "inputs_bytes"))] for r in records]
+    return table(["K", "D", "N", "extra MiB", "N·D + K·D MiB"], rows)
 
 
 def parse(argv):
@@ -187,6 +191,8 @@ def parse(argv):
 def main(argv=None):
     options, sizes = parse(argv)
     device, _ = vqvae.pick_device(options.device)
+    if options.fused and importlib.util.find_spec("triton") is None:
+        raise vqvae.UserError("fused: needs triton, which comes with CUDA builds of torch")
     if options.fused and device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
         raise vqvae.UserError("fused: needs a CUDA device; TRITON_INTERPRET=1 rehearses it elsewhere, very slowly")
     if options.one_size:
