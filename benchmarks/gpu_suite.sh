@@ -41,7 +41,8 @@ fi
 run_step() {
   case $1 in
     tests)  $python -m pytest -q tests/test_cuda.py tests/test_kernels.py tests/test_quantizers.py ;;
-    speed)  $python benchmarks/throughput.py $network && $python benchmarks/quantizer_step.py $sizes ;;
+    speed)  $python benchmarks/throughput.py $network --compile && $python benchmarks/throughput.py $network --codebook_size 1024 &&
+              $python benchmarks/quantizer_step.py $sizes ;;
     # kernels by themselves, since a fault in one takes its whole process down
     fused)  $interpret $python benchmarks/quantizer_step.py --fused $sizes ;;
     memory) $python benchmarks/quantizer_step.py --memory $sizes && $interpret $python benchmarks/quantizer_step.py --memory --fused $sizes ;;

@@ -2,12 +2,13 @@
 
     python benchmarks/throughput.py                                  # full size: hidden 128, D 256, K 512, batch 256
     python benchmarks/throughput.py --hidden_dim 64 --latent_dim 8 --batch_size 128 --rounds 5
+    python benchmarks/throughput.py --compile                        # and the same with compiled networks
 
 The classical way: float32, NCHW, a DataLoader with worker processes that decodes and augments image by image, one-hot EMA
 statistics, `.item()` of every loss at every step. Both run in turn, `--rounds` times; the ratio is that of the medians. Also
 measured: the network alone (no quantizer), and what the input pipeline, the code histogram and the evaluation of the
 validation split add to an epoch. The floor is operations and bytes of a step over the matrix and copy rates measured in the
-same run. Random images stand in for a data set. Writes results/speed/throughput_DEVICE.json.
+same run. Random images stand in for a data set. Writes results/speed/throughput_DEVICE_hH_dD_kK.json.
 """
 
 import argparse
@@ -93,6 +94,9 @@ def classical_epoch(config, images, device):
 def project_epoch(config, images, device, quantize=True, pipeline=True):
     """A function that trains one epoch as vqvae.train does; without `pipeline` every step sees the same batch."""
     model = vqvae.make_model(config).to(device, memory_format=vqvae.memory_format(device)).train()
+    if config.compile:
+        model.encoder.compile()
+        model.decoder.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device.type in ("cpu", "cuda"))
     dtype, _ = vqvae.pick_precision(config.precision, device)
     images = images.to(device)
@@ -157,7 +161,7 @@ def main(argv=None):
     options, config = parse(argv)
     device, _ = vqvae.pick_device(config.device)
     images = torch.randint(0, 256, (options.steps * config.batch_size, 32, 32, 3), dtype=torch.uint8)
-    own = {name: vqvae.dataclasses.replace(config, quantizer=name) for name in ("vq_ema", "ba_vq")}
+    own = {name: vqvae.dataclasses.replace(config, quantizer=name, compile=False) for name in ("vq_ema", "ba_vq")}
     project, model = project_epoch(own["ba_vq"], images, device)
     epochs = {
         "classical": classical_epoch(config, images, device),
@@ -166,6 +170,9 @@ def main(argv=None):
         "ba_vq, same batch": project_epoch(own["ba_vq"], images, device, pipeline=False)[0],
         "no quantizer": project_epoch(own["ba_vq"], images, device, quantize=False, pipeline=False)[0],
     }
+    if config.compile:
+        compiled = vqvae.dataclasses.replace(own["ba_vq"], compile=True)
+        epochs["ba_vq, compiled"] = project_epoch(compiled, images, device)[0]
     for epoch in epochs.values():
         epoch()  # warm-up, worker processes
     times = {name: [] for name in epochs}
@@ -177,6 +184,8 @@ def main(argv=None):
     evaluation = seconds(lambda: vqvae.evaluate(model, some, config.codebook_size, dtype=torch.bfloat16), device) / len(some)
     ratios = {f"{name} / classical": rate[name] / rate["classical"] for name in ("ba_vq", "vq_ema")}
     ratios["vq_ema / ba_vq"] = rate["vq_ema"] / rate["ba_vq"]
+    if config.compile:
+        ratios["ba_vq, compiled / ba_vq"] = rate["ba_vq, compiled"] / rate["ba_vq"]
     ratios["input pipeline and histogram, share of an epoch"] = 1 - rate["ba_vq"] / rate["ba_vq, same batch"]
     # 5,000 validation images per 45,000 training images
     ratios["evaluation of the validation split, share of an epoch"] = evaluation * 5000 / (45000 / rate["ba_vq"])
@@ -185,7 +194,8 @@ def main(argv=None):
     ratios["ba_vq step / floor"] = config.batch_size / rate["ba_vq"] / least
     ratios["network step / floor"] = config.batch_size / rate["no quantizer"] / floor["seconds"]["network"]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    vqvae.write_json(RESULTS / f"throughput_{device.type}.json", {
+    size = f"h{config.hidden_dim}_d{config.latent_dim}_k{config.codebook_size}"
+    vqvae.write_json(RESULTS / f"throughput_{device.type}_{size}.json", {
         "machine": machine(device), "config": config.to_dict(), "images_per_second": rate, "ratios": ratios, "floor": floor,
         "raw": times})
     for part in ("network", "quantizer"):
