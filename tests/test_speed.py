@@ -1,6 +1,8 @@
 """Arithmetic and tables of the speed benchmarks; nothing here is timed."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -55,3 +57,11 @@ def test_points_vary_one_quantity_at_a_time():
         values = [{p[name] for p in planned} for name in ("K", "D", "N", "processes")]
         assert sum(len(v) > 1 for v in values) == 1 and len({p[what] for p in planned}) > 1
     assert sorted({p["processes"] for p in plan["processes"]}) == [1, 2, 4]
+
+
+def test_peak_memory_of_a_large_step_stays_far_below_its_scores():
+    """N x K is 512 MiB here; a heap whose holes are split by small tensors would grow to about that."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "quantizer_step.py"), "--memory", "--one_size", "--device", "cpu",
+               "--codebook_sizes", "65536", "--latent_dims", "8", "--vectors", "2048"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert json.loads(done.stdout)["extra_bytes"] < 80 * 2**20
