@@ -436,7 +436,11 @@ def nearest_code(z, codebook, mahalanobis=None):
     mahalanobis: None, or the matrix M (D, D) of the distance (z - e)^T M (z - e).
     """
     dual, half_norms = _dual(codebook, mahalanobis)
-    return torch.cat([_best(_scores(chunk, dual, half_norms))[1] for chunk in _chunks(z, len(codebook))])
+    chunks = _chunks(z, len(codebook))
+    indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # one, since small ones kept would split the heap's holes
+    for chunk, index in zip(chunks, indices.split(len(chunks[0]))):
+        index.copy_(_best(_scores(chunk, dual, half_norms))[1])
+    return indices
 
 
 class Assignment(NamedTuple):
@@ -458,19 +462,21 @@ def soft_assign(z, codebook, log_w, temperature, mahalanobis=None):
     dual, half_norms = _dual(codebook, mahalanobis)
     ones = z.new_ones(len(z), 1)
     stats = z.new_zeros(z.shape[1] + 1, len(codebook))  # (D + 1, K): products with rows of P are fast this way round
-    indices, best_sum, squares = [], z.new_zeros(()), z.new_zeros(())
-    for chunk in _chunks(torch.cat([z, ones], 1), len(codebook)):  # (n, D + 1)
+    best_sum, squares = z.new_zeros(()), z.new_zeros(())
+    chunks = _chunks(torch.cat([z, ones], 1), len(codebook))
+    indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # one, since small ones kept would split the heap's holes
+    for chunk, index in zip(chunks, indices.split(len(chunks[0]))):  # (n, D + 1), (n,)
         scores = _scores(chunk[:, :-1], dual, half_norms)  # (n, K)
-        best, index = _best(scores)  # (n,)
+        best, nearest = _best(scores)  # (n,)
+        index.copy_(nearest)
         # Subtracting the best first keeps exact ties exact at any temperature.
         P = torch.softmax(scores.sub_(best[:, None]).mul_(2 / temperature).add_(log_w), dim=1)  # (n, K)
         stats.addmm_(chunk.T, P)
-        indices.append(index)
         best_sum += best.sum()
         squares += torch.linalg.vector_norm(P).square()
     norms = (z * (z if mahalanobis is None else z @ mahalanobis)).sum()
     distortion = (norms - 2 * best_sum).clamp_min(0)
-    return Assignment(torch.cat(indices), stats.T.contiguous(), distortion, len(z) - squares)
+    return Assignment(indices, stats.T.contiguous(), distortion, len(z) - squares)
 
 
 def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):

@@ -2,43 +2,57 @@
 # Everything that needs a GPU, in steps of at most ten minutes each; a step that has ended is skipped next time.
 #
 #     benchmarks/gpu_suite.sh                    # all steps
-#     benchmarks/gpu_suite.sh tests speed        # some: tests speed memory sweep large seeds
-#     SMALL=1 benchmarks/gpu_suite.sh            # rehearsal with tiny sizes, on any machine
+#     benchmarks/gpu_suite.sh tests speed        # some: tests speed fused memory scaling sweep large seeds
+#     SMALL=1 benchmarks/gpu_suite.sh            # rehearsal with tiny sizes, on any machine, in a copy that is then deleted
 #
 # Tables go to results/gpu/STEP.md, JSON to results/speed and experiments; results/gpu.md is all tables together.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
+interpret=
+if [ -n "${SMALL:-}" ]; then  # figures of a rehearsal must not pass for measurements, nor its marks for finished steps
+  copy=$(mktemp -d)
+  trap 'rm -rf "$copy"' EXIT
+  tar --exclude=./.git --exclude=./.venv --exclude=./data --exclude=./experiments --exclude=./results/gpu -cf - . | tar -xf - -C "$copy"
+  python=$(command -v "$python")  # absolute, where it was given as a path into this folder
+  case $python in /*) ;; *) python=$PWD/$python ;; esac
+  cd "$copy"
+  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || interpret="env TRITON_INTERPRET=1"
+fi
 out=results/gpu
 mkdir -p "$out"
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(tests speed memory sweep large seeds)
+[ ${#steps[@]} -gt 0 ] || steps=(tests speed fused memory scaling sweep large seeds)
 
 if [ -n "${SMALL:-}" ]; then
   sizes="--codebook_sizes 64,256 --latent_dims 8 --vectors 1024"
   network="--hidden_dim 8 --latent_dim 8 --codebook_size 64 --batch_size 16 --steps 2"
   sweep="--dataset dead_leaves --train_subset 256 --test_subset 64 --val_size 64 --hidden_dim 8 --latent_dim 8 --epochs 1"
   large="--dataset dead_leaves --train_subset 256 --test_subset 64 --val_size 64 --hidden_dim 8 --epochs 1"
-  large_sizes=512; jobs=2; seeds=0
+  large_sizes=512; jobs=2; seeds=0; scaling="--tiny"
 else
   sizes="--codebook_sizes 512,1024,4096,16384,65536,262144"
   network=""
   sweep=""
   large="--epochs 50 --hidden_dim 128 --batch_size 256"
-  large_sizes=16384; jobs=4; seeds=0,1,2
+  large_sizes=16384; jobs=4; seeds=0,1,2; scaling="--max_processes 1 --methods vq_ema,ba_vq,ba_vq_fused"
 fi
 
 run_step() {
   case $1 in
-    tests)  $python -m pytest -q tests/test_cuda.py tests/test_quantizers.py ;;
-    speed)  $python benchmarks/throughput.py $network && $python benchmarks/quantizer_step.py $sizes ;;
-    memory) $python benchmarks/quantizer_step.py --memory $sizes ;;
+    tests)  $python -m pytest -q tests/test_cuda.py tests/test_kernels.py tests/test_quantizers.py ;;
+    speed)  $python benchmarks/throughput.py $network --compile && $python benchmarks/throughput.py $network --codebook_size 1024 &&
+              $python benchmarks/quantizer_step.py $sizes ;;
+    # kernels by themselves, since a fault in one takes its whole process down
+    fused)  $interpret $python benchmarks/quantizer_step.py --fused $sizes ;;
+    memory) $python benchmarks/quantizer_step.py --memory $sizes && $interpret $python benchmarks/quantizer_step.py --memory --fused $sizes ;;
+    scaling) $python benchmarks/scaling.py $scaling ;;
     sweep)  $python run_gpu_experiments.py --jobs $jobs --out_dir experiments/gpu_suite $sweep ;;
     large)  $python benchmarks/compare.py --methods vq_ema,ba_vq,ba_vq_lambda10 --codebook_sizes $large_sizes --latent_dims 8 \
               --seeds 0 --jobs 3 $large ;;
     seeds)  $python benchmarks/compare.py --methods vq_ema_classical,vq_ema,vq_ema_whitened,ba_vq,ba_vq_lambda10 \
               --codebook_sizes 512 --latent_dims 8 --seeds $seeds --jobs $jobs $large ;;
-    *)      echo "no step $1: tests speed memory sweep large seeds" >&2; return 2 ;;
+    *)      echo "no step $1: tests speed fused memory scaling sweep large seeds" >&2; return 2 ;;
   esac
 }
 
@@ -47,7 +61,7 @@ for step in "${steps[@]}"; do
   if [ -f "$out/$step.md" ]; then echo "== $step: done before"; continue; fi
   echo "== $step"
   began=$SECONDS
-  if timeout 600 bash -c "$(declare -f run_step); $(declare -p python sizes network sweep large large_sizes jobs seeds); run_step $step" \
+  if timeout 600 bash -c "$(declare -f run_step); $(declare -p python interpret sizes network sweep large large_sizes jobs seeds scaling); run_step $step" \
       2>&1 | tee "$out/$step.log"; then
     { echo "## $step, $((SECONDS - began)) s"; echo; cat "$out/$step.log"; echo; } > "$out/$step.md"
   else
@@ -56,4 +70,5 @@ for step in "${steps[@]}"; do
   fi
 done
 cat "$out"/*.md > results/gpu.md 2>/dev/null
+[ -z "${SMALL:-}" ] || cat results/gpu.md
 exit $failed

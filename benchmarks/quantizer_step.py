@@ -2,20 +2,24 @@
 
     python benchmarks/quantizer_step.py                           # ratios in time, alternating, median of the rounds
     python benchmarks/quantizer_step.py --memory                  # extra peak memory of a BA-VQ step, a process per size
+    python benchmarks/quantizer_step.py --fused                   # the E-step of kernels.py beside the chunked one; CUDA
     python benchmarks/quantizer_step.py --codebook_sizes 512,65536 --latent_dims 8 --rounds 3 --device cuda
 
-Peers are VectorQuantize (EMA) and SimVQ of vector-quantize-pytorch, behind the same adapter. The floor is the larger of
-the arithmetic over the measured matrix rate and the bytes over the measured copy rate. Results go to
-results/speed/quantizer_step_DEVICE.json and results/speed/quantizer_memory_DEVICE.json, and a table is printed.
+Peers are VectorQuantize (EMA) and SimVQ of vector-quantize-pytorch, behind the same adapter. The floor of a BA-VQ step is
+the larger of its operations over the measured matrix rate and its bytes over the measured copy rate, both of the same run.
+Results go to results/speed/quantizer_{step,memory}[_fused]_DEVICE.json, and a table is printed.
 """
 
 import argparse
+import importlib.util
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -28,6 +32,7 @@ import vqvae  # noqa: E402
 
 RESULTS = ROOT / "results" / "speed"
 METHODS = ("vq_ema", "ba_vq", "lib_ema", "lib_simvq")
+WITH_FUSED = ("vq_ema", "ba_vq", "ba_vq_fused")
 PEER_MATRICES = 6  # N x K float32 matrices that the peers hold at once: skipped where these do not fit
 
 
@@ -52,20 +57,27 @@ def seconds(function, device):
     return time.perf_counter() - began
 
 
-def machine_rates(device):
-    """Measured (FLOP/s of float32 matrix products, bytes/s of a copy)."""
+def machine_rates(device, dtype=torch.float32):
+    """Measured rates: FLOP/s of matrix products of this accuracy and bytes/s of a copy (read and written)."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(n, n, device=device), torch.empty(n, n, device=device)
-    product = min(seconds(lambda: torch.mm(a, a, out=b), device) for _ in range(5))
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.empty(n, n, device=device, dtype=dtype)
+    flops = 2 * n**3 / min(seconds(lambda: torch.mm(a, a, out=b), device) for _ in range(5))
+    if device.type == "cuda" and dtype == torch.float32:  # three TF32 products give float32 accuracy
+        with mock.patch.object(torch.backends.cuda.matmul, "allow_tf32", True):
+            flops = max(flops, 2 * n**3 / min(seconds(lambda: torch.mm(a, a, out=b), device) for _ in range(5)) / 3)
     big = torch.empty(1 << 26, device=device)
     copy = min(seconds(lambda: big[:1 << 25].copy_(big[1 << 25:]), device) for _ in range(5))
-    return 2 * n**3 / product, 2 * 4 * (1 << 25) / copy
+    return {"flops_per_second": flops, "copy_bytes_per_second": 2 * 4 * (1 << 25) / copy}
+
+
+def rates_line(rates):
+    return f"measured rates: {rates['flops_per_second'] / 1e9:.0f} GFLOP/s, copy {rates['copy_bytes_per_second'] / 1e9:.1f} GB/s"
 
 
 def floor_seconds(n, k, d, rates):
     """Least time of a BA step: two N x K x D products; latents and codes read once, statistics written once."""
-    flops, bandwidth = rates
-    return max(2 * 2 * n * k * d / flops, 4 * (2 * n * d + 3 * k * (d + 1)) / bandwidth)
+    return max(2 * 2 * n * k * d / rates["flops_per_second"],
+               4 * (2 * n * d + 3 * k * (d + 1)) / rates["copy_bytes_per_second"])
 
 
 def available_bytes(device):
@@ -77,23 +89,28 @@ def available_bytes(device):
 
 def make_step(method, k, d, z):
     """A function that does one training step of a quantizer on z (B, D, 8, 8): forward, update, no backward."""
-    config = vqvae.Config(quantizer="ba_vq" if method == "ba_vq" else "vq_ema", codebook_size=k, latent_dim=d,
+    config = vqvae.Config(quantizer="ba_vq" if method.startswith("ba_vq") else "vq_ema", codebook_size=k, latent_dim=d,
                           batch_size=len(z))
     torch.manual_seed(0)
     make = peers.PEERS.get(method, vqvae.make_quantizer)
     quantizer = (peers.ema(config, kmeans_init=False) if method == "lib_ema" else make(config)).to(z.device).train()
+    e_step = vqvae.soft_assign
+    if method == "ba_vq_fused":
+        import kernels  # here, since triton comes with CUDA builds of torch only
+        e_step = kernels.soft_assign
 
     def step():
-        with torch.no_grad():
+        with torch.no_grad(), mock.patch.object(vqvae, "soft_assign", e_step):
             quantizer(z)
     return step
 
 
-def measure_time(k, d, n, rounds, device, rates):
+def measure_time(methods, k, d, n, rounds, device, rates):
     """Record of one size: seconds per step of each method, rounds alternating between the methods."""
     z = torch.randn(n // 64, d, 8, 8, device=device)
     fits = 4 * PEER_MATRICES * n * k < available_bytes(device)
-    steps = {m: make_step(m, k, d, z) for m in METHODS if fits or not m.startswith("lib")}
+    skipped = [m for m in methods if m.startswith("lib") and not fits]
+    steps = {m: make_step(m, k, d, z) for m in methods if m not in skipped}
     for step in steps.values():
         step()  # initialisation and warm-up
     times = {m: [] for m in steps}
@@ -102,14 +119,14 @@ def measure_time(k, d, n, rounds, device, rates):
             times[method].append(seconds(step, device))
     return {"K": k, "D": d, "N": n, "floor": floor_seconds(n, k, d, rates), "raw": times,
             "seconds": {m: statistics.median(t) for m, t in times.items()},
-            "skipped": {} if fits else {m: "N x K matrices do not fit in memory" for m in METHODS if m.startswith("lib")}}
+            "skipped": dict.fromkeys(skipped, "N x K matrices do not fit in memory")}
 
 
-def measure_memory(k, d, n, device):
-    """Record of one size: bytes of peak memory that a BA step adds (this process: use a fresh one per size)."""
+def measure_memory(method, k, d, n, device):
+    """Record of one size: bytes of peak memory that a step adds (this process: use a fresh one per size)."""
     z = torch.randn(n // 64, d, 8, 8, device=device)
-    make_step("ba_vq", 64, d, z)()  # libraries and thread pools
-    step = make_step("ba_vq", k, d, z)
+    make_step(method, 64, d, z)()  # libraries and thread pools
+    step = make_step(method, k, d, z)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -122,23 +139,32 @@ def measure_memory(k, d, n, device):
     return {"K": k, "D": d, "N": n, "extra_bytes": extra, "inputs_bytes": 4 * (n * d + k * d)}
 
 
-def time_table(records):
-    """Markdown: milliseconds, ratios to the peers and to the floor."""
-    lines = ["| K | D | N | floor ms | VQ-EMA ms | BA-VQ ms | lib EMA ms | SimVQ ms | lib EMA / VQ-EMA | lib EMA / BA-VQ |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+NAMES = {"vq_ema": "VQ-EMA", "ba_vq": "BA-VQ", "ba_vq_fused": "BA-VQ fused", "lib_ema": "lib EMA", "lib_simvq": "SimVQ"}
+
+
+def table(heads, rows):
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def time_table(records, methods):
+    """Milliseconds; ratios to the floor, of the peer's EMA to own, of the two E-steps."""
+    ratios = [("ba_vq_fused", "floor"), ("ba_vq", "ba_vq_fused")] if "ba_vq_fused" in methods else [
+        ("ba_vq", "floor"), ("lib_ema", "vq_ema"), ("lib_ema", "ba_vq")]
+    rows = []
     for r in records:
-        t = r["seconds"]
-        cells = [f"{t[m] * 1e3:.1f}" if m in t else "–" for m in METHODS]
-        ratios = [f"{t['lib_ema'] / t[m]:.2f}" if "lib_ema" in t else "–" for m in ("vq_ema", "ba_vq")]
-        lines.append(" | ".join([f"| {r['K']}", str(r["D"]), str(r["N"]), f"{r['floor'] * 1e3:.1f}", *cells, *ratios]) + " |")
-    return "\n".join(lines)
+        t = {**r["seconds"], "floor": r["floor"]}
+        rows.append([r["K"], r["D"], r["N"], *(f"{t[m] * 1e3:.3g}" if m in t else "–" for m in ("floor", *methods)),
+                     *(f"{t[a] / t[b]:.2f}" if a in t else "–" for a, b in ratios)])
+    names = {**NAMES, "floor": "floor"}
+    return table(["K", "D", "N", *(f"{names[m]} ms" for m in ("floor", *methods)),
+                  *(f"{names[a]} / {names[b]}" for a, b in ratios)], rows)
 
 
 def memory_table(records):
-    lines = ["| K | D | N | extra MiB | N·D + K·D MiB |", "|---|---|---|---|---|"]
-    lines += [f"| {r['K']} | {r['D']} | {r['N']} | {r['extra_bytes'] / 2**20:.0f} | {r['inputs_bytes'] / 2**20:.0f} |"
-              for r in records]
-    return "\n".join(lines)
+    rows = [[r["K"], r["D"], r["N"], *(f"{r[key] / 2**20:.0f}" for key in ("extra_bytes", "inputs_bytes"))] for r in records]
+    return table(["K", "D", "N", "extra MiB", "N·D + K·D MiB"], rows)
 
 
 def parse(argv):
@@ -149,6 +175,7 @@ def parse(argv):
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
+    parser.add_argument("--fused", action="store_true", help="the fused E-step beside the chunked one, no peers; CUDA")
     parser.add_argument("--one_size", action="store_true", help=argparse.SUPPRESS)  # a fresh process for --memory
     options = parser.parse_args(argv)
     try:
@@ -164,25 +191,30 @@ def parse(argv):
 def main(argv=None):
     options, sizes = parse(argv)
     device, _ = vqvae.pick_device(options.device)
+    if options.fused and importlib.util.find_spec("triton") is None:
+        raise vqvae.UserError("fused: needs triton, which comes with CUDA builds of torch")
+    if options.fused and device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
+        raise vqvae.UserError("fused: needs a CUDA device; TRITON_INTERPRET=1 rehearses it elsewhere, very slowly")
     if options.one_size:
-        print(vqvae.json.dumps(measure_memory(*sizes[0], device)))
+        print(vqvae.json.dumps(measure_memory("ba_vq_fused" if options.fused else "ba_vq", *sizes[0], device)))
         return
+    methods = WITH_FUSED if options.fused else METHODS
     records = []
     rates = None if options.memory else machine_rates(device)
     for k, d, n in sizes:
         if options.memory:
             words = ["--memory", "--one_size", "--codebook_sizes", str(k), "--latent_dims", str(d), "--vectors", str(n),
-                     "--device", str(device)]
+                     "--device", str(device), *(["--fused"] if options.fused else [])]
             done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
             records.append(vqvae.json.loads(done.stdout))
         else:
-            records.append(measure_time(k, d, n, options.rounds, device, rates))
+            records.append(measure_time(methods, k, d, n, options.rounds, device, rates))
         print(f"K={k} D={d} N={n} done", file=sys.stderr, flush=True)
-    what = "memory" if options.memory else "step"
+    what = ("memory" if options.memory else "step") + ("_fused" if options.fused else "")
     RESULTS.mkdir(parents=True, exist_ok=True)
     vqvae.write_json(RESULTS / f"quantizer_{what}_{device.type}.json",
                      {"machine": machine(device), "rates": rates, "argv": argv or sys.argv[1:], "records": records})
-    print(memory_table(records) if options.memory else time_table(records))
+    print(memory_table(records) if options.memory else f"{rates_line(rates)}\n\n{time_table(records, methods)}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     python benchmarks/throughput.py                                  # full size: hidden 128, D 256, K 512, batch 256
     python benchmarks/throughput.py --hidden_dim 64 --latent_dim 8 --batch_size 128 --rounds 5
+    python benchmarks/throughput.py --compile                        # and the same with compiled networks
 
 The classical way: float32, NCHW, a DataLoader with worker processes that decodes and augments image by image, one-hot EMA
 statistics, `.item()` of every loss at every step. Both run in turn, `--rounds` times; the ratio is that of the medians. Also
 measured: the network alone (no quantizer), and what the input pipeline, the code histogram and the evaluation of the
-validation split add to an epoch. Random images stand in for a data set. Writes results/speed/throughput_DEVICE.json.
+validation split add to an epoch. The floor is operations and bytes of a step over the matrix and copy rates measured in the
+same run. Random images stand in for a data set. Writes results/speed/throughput_DEVICE_hH_dD_kK.json.
 """
 
 import argparse
@@ -18,13 +20,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import train  # noqa: E402
 import vqvae  # noqa: E402
-from quantizer_step import RESULTS, machine, seconds  # noqa: E402
+from quantizer_step import RESULTS, floor_seconds, machine, machine_rates, rates_line, seconds  # noqa: E402
 
 
 class OneHotEMA(torch.nn.Module):
@@ -91,6 +94,9 @@ def classical_epoch(config, images, device):
 def project_epoch(config, images, device, quantize=True, pipeline=True):
     """A function that trains one epoch as vqvae.train does; without `pipeline` every step sees the same batch."""
     model = vqvae.make_model(config).to(device, memory_format=vqvae.memory_format(device)).train()
+    if config.compile:
+        model.encoder.compile()
+        model.decoder.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device.type in ("cpu", "cuda"))
     dtype, _ = vqvae.pick_precision(config.precision, device)
     images = images.to(device)
@@ -105,6 +111,38 @@ def project_epoch(config, images, device, quantize=True, pipeline=True):
             if pipeline and indices is not None:
                 histogram.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))
     return epoch, model
+
+
+def step_floor(config, device):
+    """Least seconds of one training step: network plus BA-VQ quantizer, each bound by operations or bytes. A dict.
+
+    Operations are counted; bytes are those kept for the backward pass, written and read once, and AdamW's parameters,
+    gradients and two moments, read and written.
+    """
+    model = vqvae.make_model(config).to(device, memory_format=vqvae.memory_format(device)).train()
+    dtype, _ = vqvae.pick_precision(config.precision, device)
+    x = torch.rand(config.batch_size, 3, 32, 32, device=device).contiguous(memory_format=vqvae.memory_format(device))
+    kept = {}  # address: bytes
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            y = model(x, quantize=False).images
+        F.mse_loss(y.float(), x).backward()
+    parameters = 4 * sum(p.numel() for p in model.parameters())
+    moved = 2 * sum(kept.values()) + 8 * parameters
+    network, exact = machine_rates(device, dtype), machine_rates(device)
+    flops = counter.get_total_flops()
+    n = config.batch_size * (32 // config.downsample) ** 2
+    seconds = {"network": max(flops / network["flops_per_second"], moved / network["copy_bytes_per_second"]),
+               "quantizer": floor_seconds(n, config.codebook_size, config.latent_dim, exact)}
+    return {"network_flops": flops, "network_bytes": moved, "precision": str(dtype)[6:], "network_rates": network,
+            "quantizer_rates": exact, "seconds": seconds}
 
 
 def parse(argv):
@@ -123,7 +161,7 @@ def main(argv=None):
     options, config = parse(argv)
     device, _ = vqvae.pick_device(config.device)
     images = torch.randint(0, 256, (options.steps * config.batch_size, 32, 32, 3), dtype=torch.uint8)
-    own = {name: vqvae.dataclasses.replace(config, quantizer=name) for name in ("vq_ema", "ba_vq")}
+    own = {name: vqvae.dataclasses.replace(config, quantizer=name, compile=False) for name in ("vq_ema", "ba_vq")}
     project, model = project_epoch(own["ba_vq"], images, device)
     epochs = {
         "classical": classical_epoch(config, images, device),
@@ -132,6 +170,9 @@ def main(argv=None):
         "ba_vq, same batch": project_epoch(own["ba_vq"], images, device, pipeline=False)[0],
         "no quantizer": project_epoch(own["ba_vq"], images, device, quantize=False, pipeline=False)[0],
     }
+    if config.compile:
+        compiled = vqvae.dataclasses.replace(own["ba_vq"], compile=True)
+        epochs["ba_vq, compiled"] = project_epoch(compiled, images, device)[0]
     for epoch in epochs.values():
         epoch()  # warm-up, worker processes
     times = {name: [] for name in epochs}
@@ -143,12 +184,23 @@ def main(argv=None):
     evaluation = seconds(lambda: vqvae.evaluate(model, some, config.codebook_size, dtype=torch.bfloat16), device) / len(some)
     ratios = {f"{name} / classical": rate[name] / rate["classical"] for name in ("ba_vq", "vq_ema")}
     ratios["vq_ema / ba_vq"] = rate["vq_ema"] / rate["ba_vq"]
+    if config.compile:
+        ratios["ba_vq, compiled / ba_vq"] = rate["ba_vq, compiled"] / rate["ba_vq"]
     ratios["input pipeline and histogram, share of an epoch"] = 1 - rate["ba_vq"] / rate["ba_vq, same batch"]
     # 5,000 validation images per 45,000 training images
     ratios["evaluation of the validation split, share of an epoch"] = evaluation * 5000 / (45000 / rate["ba_vq"])
+    floor = step_floor(own["ba_vq"], device)
+    least = sum(floor["seconds"].values())
+    ratios["ba_vq step / floor"] = config.batch_size / rate["ba_vq"] / least
+    ratios["network step / floor"] = config.batch_size / rate["no quantizer"] / floor["seconds"]["network"]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    vqvae.write_json(RESULTS / f"throughput_{device.type}.json", {
-        "machine": machine(device), "config": config.to_dict(), "images_per_second": rate, "ratios": ratios, "raw": times})
+    size = f"h{config.hidden_dim}_d{config.latent_dim}_k{config.codebook_size}"
+    vqvae.write_json(RESULTS / f"throughput_{device.type}_{size}.json", {
+        "machine": machine(device), "config": config.to_dict(), "images_per_second": rate, "ratios": ratios, "floor": floor,
+        "raw": times})
+    for part in ("network", "quantizer"):
+        print(f"floor of the {part}: {floor['seconds'][part] * 1e3:.3g} ms a step; {rates_line(floor[f'{part}_rates'])}")
+    print(f"{'floor':22s} {config.batch_size / least:8.0f} img/s")
     for name, value in rate.items():
         print(f"{name:22s} {value:8.0f} img/s")
     for name, value in ratios.items():

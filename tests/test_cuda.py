@@ -31,8 +31,40 @@ def test_e_step_agrees_with_the_cpu(n, k, d):
     assert torch.allclose(there.distortion.cpu().double(), here.distortion, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("n", "k", "d", "whitened"), [(4096, 512, 8, False), (5000, 1000, 64, True), (2048, 16384, 8, True),
+                                                       (1500, 777, 200, True), (4096, 512, 256, False), (100, 3000, 32, False)])
+@pytest.mark.parametrize("temperature", [0.2, 0.02])  # of the mean distortion: start and end of the annealing
+def test_the_fused_e_step_agrees_with_the_chunked_one(n, k, d, whitened, temperature):
+    kernels = pytest.importorskip("kernels", reason="needs triton")
+    z, codebook, log_w = torch.randn(n, d).cuda(), torch.randn(k, d).cuda(), torch.randn(k).cuda()
+    root = torch.randn(d, d).cuda() / d**0.5
+    M = root @ root.T if whitened else None
+    tau = temperature * vqvae.soft_assign(z, codebook, log_w, torch.ones((), device="cuda"), M).distortion / n
+    chunked = vqvae.soft_assign(z, codebook, log_w, tau, M)
+    fused = kernels.soft_assign(z, codebook, log_w, tau, M)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = kernels.soft_assign(z, codebook, log_w, tau, M)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(one, two) for one, two in zip(fused, again))  # no atomics
+    differ = fused.indices != chunked.indices
+    offsets = [(z - codebook[i])[differ].double() for i in (fused.indices, chunked.indices)]
+    distances = [(o * (o if M is None else o @ M.double())).sum(1) for o in offsets]
+    assert differ.sum() < n / 1000 and torch.allclose(*distances, rtol=1e-4)  # ties within rounding only
+    assert (fused.stats[:, -1] - chunked.stats[:, -1]).abs().sum() < 1e-4 * n
+    assert torch.allclose(fused.stats[:, -1], chunked.stats[:, -1], rtol=1e-3, atol=1e-4)
+    error = (fused.stats[:, :-1] - chunked.stats[:, :-1]).norm() / chunked.stats[:, :-1].norm()
+    assert error < 1e-4
+    assert torch.allclose(fused.distortion, chunked.distortion, rtol=1e-4)
+    assert torch.allclose(fused.overlap, chunked.overlap, rtol=1e-3, atol=1e-3 * n)
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("k", [65536, 262144])
-def test_memory_of_a_step_is_bounded(k):
+def test_memory_of_a_step_is_bounded(k, fused, monkeypatch):
+    if fused:
+        monkeypatch.setattr(vqvae, "soft_assign", pytest.importorskip("kernels", reason="needs triton").soft_assign)
     quantizer = vqvae.BAQuantizer(k, 8).cuda().train()
     z = torch.randn(16384, 8, device="cuda")
     quantizer(z)

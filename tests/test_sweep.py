@@ -2,15 +2,18 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
 
 import analysis
 import run_gpu_experiments
+import train
 import vqvae
 
 SMALL = ["--dataset", "dead_leaves", "--image_size", "16", "--train_subset", "64", "--test_subset", "32", "--val_size",
@@ -49,7 +52,13 @@ def test_dry_run_and_print_commands_write_nothing(script, tmp_path):
     assert code == 0 and len(out.splitlines()) == 8 and "K=1024" in out
     code, out, _ = script("run_gpu_experiments.py", "--print_commands", "--epochs", "3", "--seed", "4")
     assert code == 0 and len(out.splitlines()) == 8
-    assert all(line.startswith("python train.py ") and line.endswith("--seed 4 --epochs 3") for line in out.splitlines())
+    configs = []
+    for line in out.splitlines():  # each is a whole command, for a line of a job array
+        python, train_py, *flags = shlex.split(line)
+        assert (python, train_py) == ("python", "train.py")
+        configs.append(train.config_from(flags)[0])
+    assert [c.name for c in configs] == [run[0] for run in run_gpu_experiments.RUNS]
+    assert all((c.seed, c.epochs, c.batch_size) == (4, 3, 256) for c in configs)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -93,6 +102,43 @@ def test_a_failing_run_does_not_stop_the_others(script, tmp_path):
     assert code == 1 and "failed: gpu_vq_ema_k256_cosine" in err
     assert summary["status"] == {"gpu_vq_ema_k256_cosine": "exit code 2", "gpu_ba_vq_k256_cosine": "finished"}
     assert "not a run" in (tmp_path / "experiments" / "gpu_vq_ema_k256_cosine.log").read_text()
+
+
+def test_jobs_are_packed_onto_the_gpus(tmp_path, monkeypatch):
+    """Two jobs at once on each of two GPUs, never more."""
+    (tmp_path / "train.py").write_text("import os, time\nprint(os.environ['CUDA_VISIBLE_DEVICES'], time.time(), flush=True)\n"
+                                       "time.sleep(0.5)\nprint(time.time())\n")
+    monkeypatch.setattr(run_gpu_experiments, "SCRIPTS", tmp_path)
+    sweep = run_gpu_experiments.Sweep(["0", "1"] * 2, None)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda i: sweep.run([], tmp_path / f"{i}.log"), range(8))) == {"finished"}
+    runs = [(tmp_path / f"{i}.log").read_text().split() for i in range(8)]
+    for gpu in "01":
+        spans = [(float(began), float(ended)) for g, began, ended in runs if g == gpu]
+        together = [sum(began <= moment < ended for began, ended in spans) for moment, _ in spans]
+        assert len(spans) >= 2 and max(together) == 2
+
+
+def test_the_gpu_suite_repeats_only_what_failed(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "gpu_suite.sh").write_text((ROOT / "benchmarks" / "gpu_suite.sh").read_text())
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" | tee -a {tmp_path}/calls\n'
+                      f'case "$*" in *--memory*) test ! -e {tmp_path}/broken ;; esac\n')
+    python.chmod(0o755)
+    (tmp_path / "broken").touch()
+    command = ["bash", str(tmp_path / "benchmarks" / "gpu_suite.sh")]
+    environment = {**os.environ, "PYTHON": str(python), "SMALL": ""}
+    first = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert first.returncode == 1 and "memory failed" in first.stderr
+    steps = ["fused", "large", "memory", "scaling", "seeds", "speed", "sweep", "tests"]
+    assert sorted(path.stem for path in (tmp_path / "results" / "gpu").glob("*.md")) == [s for s in steps if s != "memory"]
+    (tmp_path / "broken").unlink()
+    (tmp_path / "calls").unlink()
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+    assert all("--memory" in line for line in (tmp_path / "calls").read_text().splitlines())
+    table = (tmp_path / "results" / "gpu.md").read_text()
+    assert all(f"## {step}, " in table for step in steps)
 
 
 def test_a_hanging_run_is_killed(script, tmp_path):

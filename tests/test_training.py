@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -223,6 +224,55 @@ def test_two_processes_equal_one(tiny, tmp_path, quantizer):
                      for name in ("one", "two"))
     assert first["recon_loss"] == pytest.approx(second["recon_loss"], rel=1e-3)
     assert first["train_perplexity"] == pytest.approx(second["train_perplexity"], rel=0.02)
+
+
+ONE_STEP = """
+import sys, torch, vqvae
+
+def step_of(settings, x, share):
+    model = vqvae.make_model(vqvae.Config(**settings)).train()
+    for _ in range(2):  # the first step starts the codebook
+        model.zero_grad()
+        torch.manual_seed(0)
+        y, _, loss = model(x[share])
+        (vqvae.RECON_WEIGHT * (y - x[share]).square().mean() + loss).backward()
+    if vqvae.dist.is_initialized():
+        vqvae.average_gradients(model)
+    return {name: p.grad for name, p in model.named_parameters()}, dict(model.quantizer.named_buffers())
+
+if __name__ == "__main__":
+    vqvae.start_processes()
+    half = slice(8 * vqvae.rank(), 8 * vqvae.rank() + 8)
+    cases, x = torch.load(sys.argv[1])
+    torch.save([step_of(settings, x, half) for settings in cases], f"{sys.argv[1]}.{vqvae.rank()}")
+"""
+
+
+def test_gradients_and_codebook_of_two_machines_equal_those_of_one(tiny, tmp_path):
+    """Two torchrun commands, as on two machines, with half of the batch each; the ranks agree bit for bit."""
+    script, data = tmp_path / "one_step.py", tmp_path / "data.pt"
+    script.write_text(ONE_STEP)
+    cases = [tiny(quantizer="vq_ema"), tiny(quantizer="ba_vq")]
+    x = torch.rand(16, 3, 16, 16)
+    torch.save((cases, x), data)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr",
+                "127.0.0.1", "--master_port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    machines = [subprocess.Popen([*launcher, "--node_rank", str(rank), str(script), str(data)], env=environment)
+                for rank in (0, 1)]
+    assert [machine.wait(120) for machine in machines] == [0, 0]
+    ranks = [torch.load(f"{data}.{rank}") for rank in (0, 1)]
+    namespace = {"__name__": "one_step"}
+    exec(ONE_STEP, namespace)
+    for settings, first, second in zip(cases, *ranks):
+        alone = namespace["step_of"](settings, x, slice(None))
+        for one, two, whole in zip(first, second, alone):
+            for name in whole:
+                assert torch.equal(one[name], two[name]), name
+                assert torch.allclose(one[name], whole[name], rtol=1e-3, atol=1e-5), name
 
 
 def test_warm_up_trains_without_codes(tiny_config, capsys):

@@ -1,0 +1,67 @@
+"""Arithmetic and tables of the speed benchmarks; nothing here is timed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import quantizer_step  # noqa: E402
+import scaling  # noqa: E402
+import throughput  # noqa: E402
+
+RATES = {"flops_per_second": 1e9, "copy_bytes_per_second": 1e9}
+
+
+def test_floor_is_the_larger_of_operations_and_bytes():
+    assert quantizer_step.floor_seconds(1000, 500, 10, RATES) == pytest.approx(2 * 2 * 1000 * 500 * 10 / 1e9)
+    assert quantizer_step.floor_seconds(1000, 1, 1, RATES) == pytest.approx(4 * (2 * 1000 + 3 * 2) / 1e9)
+
+
+def test_floor_of_the_network_counts_its_operations(tiny_config, monkeypatch):
+    monkeypatch.setattr(throughput, "machine_rates", lambda *_: RATES)
+    floors = [throughput.step_floor(tiny_config(batch_size=size), torch.device("cpu")) for size in (4, 8)]
+    assert floors[1]["network_flops"] == 2 * floors[0]["network_flops"] > 0
+    assert floors[0]["network_bytes"] < floors[1]["network_bytes"] < 2 * floors[0]["network_bytes"]  # parameters once
+
+
+@pytest.mark.parametrize("slope", [0.5, 1.0, 2.0])
+def test_exponent_of_a_power_law(slope):
+    records = [{"K": k, "seconds": 3 * k**slope, "extra_bytes": 0} for k in (512, 4096, 65536)]
+    assert scaling.exponent(records, "K", "seconds") == pytest.approx(slope)
+    assert scaling.exponent(records, "K", "extra_bytes") is None
+
+
+def test_tables_name_what_did_not_fit():
+    record = {"K": 64, "D": 8, "N": 128, "floor": 0.001, "seconds": {"vq_ema": 0.01, "ba_vq": 0.02}}
+    row = quantizer_step.time_table([record], quantizer_step.METHODS).splitlines()[-1]
+    assert row == "| 64 | 8 | 128 | 1 | 10 | 20 | – | – | 20.00 | – | – |"
+
+
+def test_crossover_is_where_the_fused_step_stays_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "RESULTS", tmp_path)
+    assert "Not measured" in scaling.crossover()
+    gains = {512: 1.5, 1024: 0.8, 4096: 1.2, 16384: 3.0}
+    records = [{"K": k, "D": 8, "N": 64, "seconds": {"ba_vq": gain, "ba_vq_fused": 1.0}} for k, gain in gains.items()]
+    (tmp_path / "quantizer_step_fused_cuda.json").write_text(json.dumps({"machine": {"device": "some GPU"}, "records": records}))
+    assert "ahead from K=4096" in scaling.crossover()
+
+
+def test_points_vary_one_quantity_at_a_time():
+    plan = scaling.points(scaling.parse(["--max_processes", "4", "--tiny"]))
+    for what, planned in plan.items():
+        values = [{p[name] for p in planned} for name in ("K", "D", "N", "processes")]
+        assert sum(len(v) > 1 for v in values) == 1 and len({p[what] for p in planned}) > 1
+    assert sorted({p["processes"] for p in plan["processes"]}) == [1, 2, 4]
+
+
+def test_peak_memory_of_a_large_step_stays_far_below_its_scores():
+    """N x K is 512 MiB here; a heap whose holes are split by small tensors would grow to about that."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "quantizer_step.py"), "--memory", "--one_size", "--device", "cpu",
+               "--codebook_sizes", "65536", "--latent_dims", "8", "--vectors", "2048"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert json.loads(done.stdout)["extra_bytes"] < 80 * 2**20
