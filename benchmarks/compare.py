@@ -103,8 +103,8 @@ def summary():
     lines = ["# Comparison of quantizers", "",
              "Test set, hard indices, eval mode; mean ± standard deviation over seeds. ΔPSNR is the mean difference to",
              f"`{REFERENCE}` (tuned) over paired seeds, p the two-sided paired t-test of it. Refined: the same models, their",
-             f"codes improved by {REFINE} passes through the decoder (VQVAE.refined). Made by `python benchmarks/compare.py --summary`",
-             "from `results/compare/*.json`; each file holds its command.", ""]
+             f"codes improved by {REFINE} passes through the decoder (VQVAE.refined). Made by",
+             "`python benchmarks/compare.py --summary` from `results/compare/*.json`; each file holds its command.", ""]
     for (dataset, size, dim, hidden, epochs), methods in sorted(load_results().items()):
         lines += [f"## {dataset}, K={size}, D={dim}, hidden {hidden}, {epochs} epochs", "",
                   "| method | seeds | PSNR dB | perplexity | perplexity/K | usage | ΔPSNR dB | p | refined PSNR dB |",
