@@ -39,8 +39,9 @@ METHODS = {
     **{f"ba_vq_lambda{w}": ["--quantizer", "ba_vq", "--entropy_weight", str(w)] for w in (1, 3, 10, 30, 100, 300)},
     "ba_vq_euclid": ["--quantizer", "ba_vq", "--entropy_weight", "inf", "--whitening", "0"],
     "ba_vq_euclid_lambda10": ["--quantizer", "ba_vq", "--entropy_weight", "10", "--whitening", "0"],
-    # peers.py builds these; the flags are their settings of the loop
+    # peers.py builds these; the flags are their settings of the loop. Those that learn their codes, or have none, start at once.
     **{name: ["--quantizer", "vq_ema"] for name in peers.PEERS},
+    **{name: ["--quantizer", "vq_ema", "--warmup_fraction", "0"] for name in ("lib_simvq", "lib_fsq", "lib_lfq", "sq_vae")},
 }
 RESULTS = ROOT / "results" / "compare"
 REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of this project only)

@@ -55,7 +55,7 @@ def ema(config, **options):
 
 
 def simvq(config):
-    return FromLibrary(library().SimVQ(config.latent_dim, config.codebook_size, channel_first=True))
+    return FromLibrary(library().SimVQ(config.latent_dim, config.codebook_size, channel_first=True, rotation_trick=False))
 
 
 FSQ_LEVELS = {512: [8, 8, 8], 1024: [8, 8, 4, 4], 4096: [8, 8, 8, 8], 16384: [8, 8, 8, 8, 4]}
@@ -138,7 +138,7 @@ class LearnedCodebook(nn.Module):
 class Wasserstein(LearnedCodebook):
     """Wasserstein VQ: plus the 2-Wasserstein distance between Gaussian fits of latents and codes (its equation 6)."""
 
-    weight = 0.5
+    weight = 0.1
 
     def regulariser(self, rows):
         def moments(x):
