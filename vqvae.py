@@ -25,6 +25,7 @@ import dataclasses
 import datetime
 import fcntl
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -36,9 +37,9 @@ import tarfile
 import threading
 import time
 import typing
-import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -134,6 +135,7 @@ class Config:
     precision: str = option("auto", "of the networks; quantizer and evaluation are float32",
                             choices=("auto", "float32", "bfloat16"))
     compile: bool = option(False, "torch.compile the networks")
+    deterministic: bool = option(False, "the same bits in every run on CUDA too (on the CPU they are anyway)")
     # run
     name: Optional[str] = option(None, "run name: results go to OUT_DIR/NAME (default: made from the quantizer and K)")
     out_dir: str = option("experiments", "folder of all runs")
@@ -205,8 +207,8 @@ def _checked(field, value):
         raise UserError(f"{field.name}: {value!r} is not one of {', '.join(map(str, rule['choices']))}")
     too_low = rule["low"] is not None and not value >= rule["low"]
     too_high = rule["high"] is not None and not value <= rule["high"]
-    if value == "":
-        raise UserError(f"{field.name}: must not be empty")
+    if kind is str and (not value or "\0" in value):
+        raise UserError(f"{field.name}: {value!r} must not be empty, nor hold a null byte")
     if too_low or too_high or (rule["above"] is not None and not value > rule["above"]):
         low = rule["low"] if rule["above"] is None else f"above {rule['above']}"
         raise UserError(f"{field.name}: {value!r} is out of range (from {low} to {rule['high'] or 'any'})")
@@ -235,7 +237,7 @@ def read_yaml(path):
     """The settings in a YAML file, as a dict. Raises UserError."""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _ConfigLoader)
-    except (OSError, UnicodeDecodeError, RecursionError, ValueError, yaml.YAMLError) as error:
+    except (OSError, RecursionError, ValueError, LookupError, AttributeError, yaml.YAMLError) as error:  # of PyYAML too
         raise UserError(f"{path}: cannot read this YAML file: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
@@ -855,7 +857,7 @@ def download(urls, path, md5=None):
         for url in urls:
             try:
                 got = _fetch(url, part)
-            except (TimeoutError, OSError, ValueError, urllib.error.URLError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
                 failures.append(f"{url}: {error}")
                 continue
             if md5 in (None, got):
@@ -871,11 +873,10 @@ def download(urls, path, md5=None):
 
 def _fetch(url, part):
     """Stream one URL to a file with a progress bar; its md5."""
-    parsed = urllib.parse.urlparse(url)
-    if parsed.scheme != "https" and parsed.hostname not in ("127.0.0.1", "localhost"):
-        raise ValueError("only https is allowed")
+    _only_https(url)
     digest, received = hashlib.md5(), 0
     with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, open(part, "wb") as file:
+        _only_https(response.url)  # after redirects
         total = int(response.headers.get("Content-Length") or 0) or None
         with tqdm(total=total, unit="B", unit_scale=True, desc="downloading", disable=None) as bar:
             while block := response.read(1 << 18):
@@ -886,6 +887,12 @@ def _fetch(url, part):
     if total not in (None, received):
         raise ValueError(f"the connection ended after {received} of {total} bytes")
     return digest.hexdigest()
+
+
+def _only_https(url):
+    parsed = urllib.parse.urlparse(url)
+    if parsed.scheme != "https" and parsed.hostname not in ("127.0.0.1", "localhost"):
+        raise ValueError(f"only https is allowed, not {url}")
 
 
 def _cifar10(config, train):
@@ -959,9 +966,9 @@ def _folder(config, train):
     """Images below data_dir/train and data_dir/test, or below data_dir with every tenth for the test."""
     root = Path(config.data_dir)
     split = root / ("train" if train else "test")
-    has_splits = (root / "train").is_dir() and (root / "test").is_dir()
+    has_splits = os.path.isdir(root / "train") and os.path.isdir(root / "test")
     base = split if has_splits else root
-    if not base.is_dir():
+    if not os.path.isdir(base):  # unlike Path.is_dir, False for a name that is too long
         raise UserError(f"data_dir: {base} is no folder; give --data_dir the folder of your images")
     suffixes = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
     paths = sorted(path for path in base.rglob("*") if path.suffix.lower() in suffixes)
@@ -977,6 +984,8 @@ def _folder(config, train):
     for path in tqdm(paths, desc=f"reading {base}", disable=None):
         try:
             with Image.open(path) as image:
+                if image.mode[0] in "IF":  # Pillow would clip these to white
+                    raise ValueError(f"mode {image.mode}, more than 8 bits per pixel; convert it to 8 bits")
                 images.append(np.asarray(resize(image.convert("RGB"))))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{path}: cannot read this image ({error}); repair or remove it") from error
@@ -1148,7 +1157,8 @@ def _autocast(device, dtype):
 # ----------------------------------------------------------------------------------------
 # Run folders and checkpoints
 
-NOT_IDENTITY = {"data_dir", "cifar10_url", "device", "out_dir", "name", "resume", "overwrite", "wandb", "compile"}
+NOT_IDENTITY = {"data_dir", "cifar10_url", "device", "out_dir", "name", "resume", "overwrite", "wandb", "compile",
+                "deterministic"}
 CHECKPOINT_NAME = re.compile(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pt")
 
 
@@ -1187,6 +1197,9 @@ def write_json(path, values):
 def read_checkpoint(path):
     """The content of a checkpoint or final model, tensors on the CPU. Raises UserError."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
@@ -1391,14 +1404,19 @@ def average_gradients(model):
         gradient.copy_(piece.view_as(gradient))
 
 
-def check_finite(losses, first_step):
-    """Raise UserError if a loss (steps, 2) is not finite, naming the step and the cause."""
-    bad = (~torch.isfinite(losses)).any(1).nonzero()
+def check_finite(losses, first_step, model):
+    """Raise UserError if a loss (steps, 2) or a weight is not finite, naming the step and the cause."""
+    finite = torch.isfinite(losses)  # (steps, 2)
+    bad = (~finite.all(1)).nonzero()
     if len(bad):
-        row = bad[0].item()
-        cause = "reconstruction" if not torch.isfinite(losses[row, 0]) else "quantizer (latents)"
-        raise UserError(f"step {first_step + row}: the {cause} loss is not finite; try a lower --lr "
-                        "or --precision float32 (the last checkpoint is kept)")
+        step = bad[0].item()
+        cause = "reconstruction loss" if finite[step, 1] else "quantizer loss (so a latent)"
+    elif not torch.stack([torch.isfinite(p).all() for p in model.parameters()]).all():
+        step, cause = len(losses) - 1, "weights after this step"
+    else:
+        return
+    raise UserError(f"step {first_step + step}: the {cause} is not finite; try a lower --lr or --precision float32 "
+                    "(the last checkpoint is kept)")
 
 
 class _Signals:
@@ -1414,9 +1432,13 @@ class _Signals:
     def _handle(self, signum, frame):
         self.received = signum
 
+    def release(self):
+        """Give both signals their usual effect again."""
+        while self.previous:
+            signal.signal(*self.previous.popitem())
+
     def __exit__(self, *_):
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
+        self.release()
 
     def agreed(self, step):
         """The signal received, by any process; with several processes asked every 20 steps."""
@@ -1427,6 +1449,19 @@ class _Signals:
         signum = torch.tensor(self.received or 0)
         dist.all_reduce(signum, dist.ReduceOp.MAX)
         return signum.item() or None
+
+
+@contextlib.contextmanager
+def _deterministic(wanted):
+    """Context in which a kernel that could give other bits next time is replaced, or refused by PyTorch, where `wanted`."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first call
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def start_wandb(config, folder):
@@ -1488,7 +1523,7 @@ def train(config, quantizer=None):
     if done.exists() and not config.overwrite:
         say(f"{folder}: already finished with this config; --overwrite trains it again")
         return json.loads(done.read_text())
-    say(f"device: {device} ({device_reason}); networks in {str(dtype)[6:]} ({dtype_reason})")
+    say(f"device: {device} ({device_reason}); networks in {str(dtype)[6:]} ({dtype_reason}); seed {config.seed}")
 
     if dist.is_initialized():
         on_first_process(_read_images, config, False)  # only one process downloads
@@ -1508,7 +1543,7 @@ def train(config, quantizer=None):
         model.encoder.compile()
         model.decoder.compile()
 
-    with locked(folder), _Signals() as signals:
+    with locked(folder), _deterministic(config.deterministic), _Signals() as signals:
         step, losses, histogram = restore(config, folder, model, optimizer, steps_per_epoch)
         wandb_run = start_wandb(config, folder)
         local = slice(rank() * batch_size // world_size(), (rank() + 1) * batch_size // world_size())
@@ -1535,25 +1570,26 @@ def train(config, quantizer=None):
                 step += 1
                 signum = signals.agreed(step)
                 if step % 100 == 0 or signum:
-                    check_finite(losses[:i + 1], epoch * steps_per_epoch)
+                    check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
                 if signum and i + 1 < steps_per_epoch:
                     save_checkpoint(folder, (epoch, i + 1), model, optimizer, config, step, losses, histogram)
                     raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
 
-            check_finite(losses, epoch * steps_per_epoch)
+            check_finite(losses, epoch * steps_per_epoch, model)
             seconds = time.perf_counter() - began  # check_finite has waited for the device
             record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
             if rank() == 0:
-                timing = {"epoch": epoch + 1, "seconds": seconds,
+                timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": seconds,
                           "images_per_second": len(progress) * batch_size / seconds}
                 report_epoch(config, folder, record, timing, wandb_run)
             losses.zero_()
             histogram.zero_()
             save_checkpoint(folder, (epoch + 1, 0), model, optimizer, config, step, losses, histogram)
             signum = signals.agreed(0)
-            if signum and step < total_steps:
+            if signum:
                 raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
 
+        signals.release()  # all is saved; nothing below needs to end well
         metrics = on_first_process(finish_run, config, folder, model, train_set, test_set)
         if wandb_run:
             wandb_run.summary.update(metrics)
@@ -1563,8 +1599,10 @@ def train(config, quantizer=None):
 
 def restore(config, folder, model, optimizer, steps_per_epoch):
     """Continue from the newest checkpoint, if any: (step, this epoch's losses (steps, 2), code histogram (K,))."""
-    if config.overwrite and rank() == 0:
-        clear_run_folder(folder)
+    if rank() == 0:
+        check_run_folder(config)  # again, now that no other process can write here
+        if config.overwrite:
+            clear_run_folder(folder)
     if dist.is_initialized():
         dist.barrier()
     device = next(model.parameters()).device
@@ -1649,8 +1687,8 @@ def finish_run(config, folder, model, train_set, test_set):
     state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict()}
     atomic_write(folder / "final_model.pt", lambda file: torch.save(state, file))
     reconstruction_picture(model, test_set[:16], folder / "reconstructions.png")
-    usage_picture(histogram, f"{config.name}: perplexity {metrics['perplexity']:.0f} of {config.codebook_size}",
-                  folder / "codebook_usage.png")
+    title = f"{config.name} (seed {config.seed}): perplexity {metrics['perplexity']:.0f} of {config.codebook_size}"
+    usage_picture(histogram, title, folder / "codebook_usage.png")
     write_json(folder / "final_metrics.json", metrics)
     if config.codebook_size > metrics["num_indices"] / 10:
         say(f"note: {metrics['num_indices']} test indices are few for {config.codebook_size} codes; usage and perplexity "
@@ -1668,17 +1706,17 @@ def run_command(main):
             dist.destroy_process_group()
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
-        print("stopped before training began; nothing is lost", file=sys.stderr)
+        print("stopped outside training; nothing is lost, the same command goes on", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|enough memory", str(error)):
+        reason = str(error).replace("\n", " ").split(". ")[0]
+        if isinstance(error, RuntimeError) and not re.search("out of memory|(allocate|enough) memory|ALLOC_FAILED", str(error)):
             raise
-        print(f"error: out of memory: lower --batch_size, --hidden_dim or --codebook_size ({str(error).split('. ')[0]})",
-              file=sys.stderr)
+        print(f"error: out of memory: lower --batch_size, --hidden_dim or --codebook_size ({reason})", file=sys.stderr)
         return 2
