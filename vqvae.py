@@ -165,19 +165,19 @@ class Config:
             object.__setattr__(self, "warmup_fraction", 0.0 if classical else 0.1)
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: dict) -> "Config":
         """Config from a dict of settings. Raises UserError on an unknown key or a bad value."""
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise UserError(f"unknown setting {unknown[0]!r}; `python train.py --help` lists them all")
         return cls(**values)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """Plain values, fit for YAML, JSON and checkpoints; infinity is the text "inf"."""
         return {key: "inf" if value == math.inf else value for key, value in dataclasses.asdict(self).items()}
 
 
-def default_ema_decay(config):
+def default_ema_decay(config: Config) -> float:
     """Decay whose window, 1/(1 - decay) batches, is 28/sqrt(v), at least 10, for v vectors per code and batch.
 
     Short windows follow the moving encoder, long ones average more samples of a large codebook's
@@ -233,7 +233,7 @@ class _ConfigLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path):
+def read_yaml(path: str | Path) -> dict:
     """The settings in a YAML file, as a dict. Raises UserError."""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _ConfigLoader)
@@ -271,7 +271,7 @@ def say(message):
         print(message, flush=True)
 
 
-def pick_device(device="auto"):
+def pick_device(device: str = "auto") -> tuple[torch.device, str]:
     """(torch.device, reason). Raises UserError for a device that is not there."""
     if device == "auto":
         if torch.cuda.is_available():
@@ -295,7 +295,7 @@ def pick_device(device="auto"):
     return picked, "asked for"
 
 
-def pick_precision(precision, device):
+def pick_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
     """(torch.dtype of the networks, reason)."""
     if precision != "auto":
         return getattr(torch, precision), "asked for"
@@ -356,7 +356,8 @@ class RateDistortion(NamedTuple):
     distortion: torch.Tensor  # E[d], in units of `distances`
 
 
-def blahut_arimoto(distances, beta, source=None, prior=None, tolerance=1e-9, max_iterations=100_000):
+def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | None = None, prior: torch.Tensor | None = None,
+                   tolerance: float = 1e-9, max_iterations: int = 100_000) -> RateDistortion:
     """The Blahut-Arimoto algorithm for rate-distortion (Blahut 1972, theorem 6; Csiszar 1974).
 
     Minimises I(X; K) + beta * E[d] in nats by alternating P(k|x) ~ q_k exp(-beta d(x, k)) and
@@ -781,9 +782,9 @@ def make_quantizer(config):
 class Reconstruction(NamedTuple):
     """What VQVAE.forward returns."""
 
-    images: torch.Tensor   # (B, 3, S, S), not clamped
-    indices: torch.Tensor  # (B, S/f, S/f) int64
-    loss: torch.Tensor     # () the quantizer's loss
+    images: torch.Tensor             # (B, 3, S, S), not clamped
+    indices: Optional[torch.Tensor]  # (B, S/f, S/f) int64; None without the quantizer
+    loss: Optional[torch.Tensor]     # () the quantizer's loss; likewise
 
 
 class VQVAE(nn.Module):
@@ -792,24 +793,24 @@ class VQVAE(nn.Module):
     quantizer: any module that maps latents (B, D, H, W) to the triple (z_q, indices, loss).
     """
 
-    def __init__(self, quantizer, hidden_dim=128, latent_dim=256, downsample=4):
+    def __init__(self, quantizer: nn.Module, hidden_dim: int = 128, latent_dim: int = 256, downsample: int = 4) -> None:
         super().__init__()
         self.downsample = downsample
         self.encoder = encoder(hidden_dim, latent_dim, downsample)
         self.quantizer = quantizer
         self.decoder = decoder(hidden_dim, latent_dim, downsample)
 
-    def latents(self, x):
+    def latents(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, S, S) -> encoder outputs (B, D, S/f, S/f). Raises ValueError on a wrong shape."""
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % self.downsample or x.shape[3] % self.downsample:
             raise ValueError(f"expected images (B, 3, S, S), S divisible by {self.downsample}, got {tuple(x.shape)}")
         return self.encoder(2 * x - 1)
 
-    def reconstruct(self, z_q):
+    def reconstruct(self, z_q: torch.Tensor) -> torch.Tensor:
         """Codes (B, D, H, W) -> images (B, 3, S, S), not clamped."""
         return (self.decoder(z_q) + 1) / 2
 
-    def forward(self, x, quantize=True):
+    def forward(self, x: torch.Tensor, quantize: bool = True) -> Reconstruction:
         """Images -> Reconstruction; with quantize=False the plain autoencoder (indices and loss are None)."""
         z = self.latents(x)
         if not quantize:
@@ -817,7 +818,7 @@ class VQVAE(nn.Module):
         z_q, indices, loss = self.quantizer(z)
         return Reconstruction(self.reconstruct(z_q), indices, loss)
 
-    def encode(self, x):
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, S, S) -> code indices (B, S/f, S/f)."""
         return self.quantizer(self.latents(x))[1]
 
@@ -826,7 +827,7 @@ class VQVAE(nn.Module):
         return self.reconstruct(self.quantizer.codes(indices).permute(0, 3, 1, 2)).clamp(0, 1)
 
 
-def make_model(config, quantizer=None):
+def make_model(config: Config, quantizer: nn.Module | None = None) -> VQVAE:
     """The VQVAE that a Config describes, or the same around another quantizer. Seeded by config.seed."""
     torch.manual_seed(config.seed)
     quantizer = make_quantizer(config) if quantizer is None else quantizer
@@ -845,7 +846,7 @@ DEAD_LEAVES_SIZES = {True: 10000 + 5000, False: 2000}  # training (with validati
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 
 
-def download(urls, path, md5=None):
+def download(urls: list[str], path: str | Path, md5: str | None = None) -> None:
     """Fetch the first of `urls` that gives the whole file to `path`, atomically. Raises UserError.
 
     md5: the expected checksum, or None where none is published (the length is still checked).
@@ -935,7 +936,7 @@ def _has_md5(path, digest):
     return found.hexdigest() == digest
 
 
-def dead_leaves(count, size, seed):
+def dead_leaves(count: int, size: int, seed: int) -> torch.Tensor:
     """Images of occluding random discs with power-law radii (Lee 2001): natural statistics, no download.
 
     Returns uint8 (count, size, size, 3), the same for the same arguments. Disc radii have density
@@ -1006,7 +1007,7 @@ def _first(images, count, setting):
     return images[:count]
 
 
-def training_images(config):
+def training_images(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """(training, validation) images, uint8 (N, S, S, 3) on the CPU. Raises UserError.
 
     The validation images are the last val_size of the training set, never trained on.
@@ -1018,7 +1019,7 @@ def training_images(config):
     return _first(images[:cut], config.train_subset, "train_subset"), images[cut:]
 
 
-def test_images(config):
+def test_images(config: Config) -> torch.Tensor:
     """Test images, uint8 (N, S, S, 3) on the CPU. Raises UserError."""
     return _first(_read_images(config, train=False), config.test_subset, "test_subset")
 
@@ -1028,13 +1029,13 @@ def memory_format(device):
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-def to_float(images):
+def to_float(images: torch.Tensor) -> torch.Tensor:
     """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) in [0, 1]."""
     x = images.permute(0, 3, 1, 2).float() / 255
     return x.contiguous(memory_format=memory_format(x.device))
 
 
-def to_bytes(images):
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
     """float (B, 3, S, S) -> uint8 of the same shape, clamped and rounded."""
     return (images.float() * 255).clamp(0, 255).round().byte()
 
@@ -1043,12 +1044,12 @@ def to_bytes(images):
 # Metrics: hard indices, eval mode, 8-bit images, pooled over the whole set
 
 
-def psnr(mse):
+def psnr(mse: torch.Tensor | float) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of a mean squared error (tensor or float) in [0, 1]^2 units."""
     return -10 * torch.as_tensor(mse, dtype=torch.float64).clamp_min(1e-10).log10()
 
 
-def ssim(a, b):
+def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Structural similarity of images (B, C, S, S) in [0, 1], (B,): Wang 2004, 11x11 Gaussian, sigma 1.5."""
     offsets = torch.arange(11, dtype=a.dtype, device=a.device) - 5
     window = torch.exp(-offsets.square() / (2 * 1.5 ** 2))
@@ -1068,7 +1069,7 @@ def ssim(a, b):
     return similarity.mean((1, 2, 3))
 
 
-def codebook_metrics(histogram):
+def codebook_metrics(histogram: torch.Tensor) -> dict[str, float]:
     """Perplexity, usage and bits per index of a code histogram (K,)."""
     histogram = histogram.cpu().double()  # Apple GPUs have no float64
     p = histogram / histogram.sum()
@@ -1081,7 +1082,7 @@ def codebook_metrics(histogram):
 
 
 @torch.no_grad()
-def code_histogram(model, images, codebook_size, batch_size=500):
+def code_histogram(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size: int = 500) -> torch.Tensor:
     """How often each code is the nearest over images uint8 (N, S, S, 3): (K,) int64. Eval mode, float32."""
     device = next(model.parameters()).device
     histogram = torch.zeros(codebook_size, dtype=torch.int64, device=device)
@@ -1093,7 +1094,8 @@ def code_histogram(model, images, codebook_size, batch_size=500):
 
 
 @torch.no_grad()
-def evaluate(model, images, codebook_size, batch_size=500, dtype=torch.float32):
+def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size: int = 500,
+             dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """Metrics of a model on images uint8 (N, S, S, 3), as a dict of floats; CODE_OVERVIEW.md has the glossary.
 
     Eval mode, hard indices, pooled over all images. dtype: autocast type of the networks.
@@ -1120,16 +1122,16 @@ def evaluate(model, images, codebook_size, batch_size=500, dtype=torch.float32):
             latent_rows.append(torch.stack([loss.float(), distance]) * len(x))
             indices = indices.flatten()
             histogram.scatter_add_(0, indices, torch.ones_like(indices))
-    rows = torch.cat(rows).cpu().double()  # (N, 4)
+    per_image = torch.cat(rows).cpu().double()  # (N, 4)
     loss, distance = (torch.stack(latent_rows).cpu().double().sum(0) / len(images)).tolist()
-    mse = rows[:, 0].mean()
+    mse = per_image[:, 0].mean()
     return {
         "psnr": psnr(mse).item(),
-        "psnr_per_image": psnr(rows[:, 0]).mean().item(),
-        "psnr_y": psnr(rows[:, 1]).mean().item(),
-        **({"ssim": rows[:, 2].mean().item()} if images.shape[1] >= 11 else {}),  # the window needs 11 pixels
+        "psnr_per_image": psnr(per_image[:, 0]).mean().item(),
+        "psnr_y": psnr(per_image[:, 1]).mean().item(),
+        **({"ssim": per_image[:, 2].mean().item()} if images.shape[1] >= 11 else {}),  # the window needs 11 pixels
         "mse": mse.item(),
-        "recon_loss": rows[:, 3].mean().item(),
+        "recon_loss": per_image[:, 3].mean().item(),
         "commitment_loss": loss,
         "quantization_error": distance,
         "num_images": len(images),
@@ -1194,7 +1196,7 @@ def write_json(path, values):
     atomic_write(path, lambda file: file.write((json.dumps(values, indent=2, allow_nan=False) + "\n").encode()))
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: str | Path) -> dict:
     """The content of a checkpoint or final model, tensors on the CPU. Raises UserError."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum
@@ -1229,7 +1231,7 @@ def load_state(model, state, path):
         raise UserError(f"{path}: the weights do not fit the model of its config ({reason})") from error
 
 
-def load_model(path, device="cpu"):
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQVAE, Config]:
     """(VQVAE in eval mode, Config) from a final_model.pt or a checkpoint. Raises UserError."""
     state = read_checkpoint(path)
     config = Config.from_dict(state["config"])
@@ -1244,13 +1246,13 @@ def _checkpoint_key(path):
     return int(epoch), int(step or 0)
 
 
-def checkpoints(folder):
+def checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints in a run folder, oldest first."""
     found = [path for path in Path(folder).glob("checkpoint_epoch_*.pt") if CHECKPOINT_NAME.fullmatch(path.name)]
     return sorted(found, key=_checkpoint_key)
 
 
-def identity(config):
+def identity(config: Config) -> dict:
     """The settings that decide a run's result (not where it runs or writes); a folder of images is one."""
     own = {key: value for key, value in config.to_dict().items() if key not in NOT_IDENTITY}
     if config.dataset == "folder":
@@ -1368,7 +1370,7 @@ def usage_picture(histogram, title, path):
 # Training
 
 
-def learning_rate(step, total, peak):
+def learning_rate(step: int, total: int, peak: float) -> float:
     """Linear warm-up over the first 2%, then cosine decay to 0."""
     warmup = max(1, total // 50)
     if step < warmup:
@@ -1376,7 +1378,7 @@ def learning_rate(step, total, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def epoch_order(count, seed, epoch):
+def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
     """Permutation of the training images, from (seed, epoch) alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator)
@@ -1505,7 +1507,7 @@ def on_first_process(function, *arguments):
     return result if rank() == 0 else None
 
 
-def train(config, quantizer=None):
+def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     """Train, evaluate and store one run; returns its metrics (the content of final_metrics.json).
 
     config: Config.  quantizer: a module to use in place of the one that config describes (peers).
@@ -1537,7 +1539,7 @@ def train(config, quantizer=None):
     total_steps = steps_per_epoch * config.epochs
     warmup_steps = int(config.warmup_fraction * total_steps)
 
-    model = make_model(config, quantizer).to(device, memory_format=memory_format(device))
+    model = make_model(config, quantizer).to(device).to(memory_format=memory_format(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
     if config.compile:
         model.encoder.compile()
