@@ -1714,7 +1714,7 @@ def run_command(main):
         print(stop, file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
-        print("stopped outside training; nothing is lost, the same command goes on", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
         reason = str(error).replace("\n", " ").split(". ")[0]
