@@ -207,6 +207,12 @@ def test_only_https_leaves_this_machine(tmp_path):
             vqvae.download([url], tmp_path / "file", "0")
 
 
+def test_a_short_download_is_noticed_without_a_checksum(server, tmp_path):
+    with pytest.raises(UserError, match="ended after 100 of 12800 bytes"):
+        vqvae.download([f"{server}/half"], tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_redirect_to_plain_http_is_refused(server, tmp_path):
     with pytest.raises(UserError, match="only https is allowed, not http://127.1:"):
         vqvae.download([f"{server}/leak"], tmp_path / "file")
