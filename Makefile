@@ -1,5 +1,5 @@
 # make run    set up .venv, train VQ-EMA and BA-VQ on the embedded data set, compare them
-# make test   set up .venv, run the linter and the tests
+# make test   set up .venv, run the linter, the type checker and the tests, report coverage
 PYTHON ?= python3
 PY := .venv/bin/python
 QUICK := --dataset dead_leaves --hidden_dim 64 --latent_dim 8 --codebook_size 512 --epochs 4 --no_wandb
@@ -13,7 +13,11 @@ run: .venv/run
 
 test: .venv/test
 	.venv/bin/ruff check .
-	$(PY) -m pytest -q tests
+	.venv/bin/mypy
+	rm -f .coverage*
+	$(PY) -m coverage run -m pytest -q tests
+	-$(PY) -m coverage combine -q
+	-$(PY) -m coverage report
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -25,4 +29,4 @@ test: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .coverage* .hypothesis __pycache__ tests/__pycache__

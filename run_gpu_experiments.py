@@ -77,6 +77,8 @@ class Sweep:
                 finally:
                     self.processes.discard(process)
             return "finished" if code == 0 else f"exit code {code}"
+        except OSError as error:
+            return f"could not start: {error}"
         finally:
             self.slots.put(gpu)
 
@@ -99,10 +101,12 @@ def parse(argv):
     parser.add_argument("--gpus", metavar="0,1,...", help="GPUs to spread the runs over (default: the first)")
     parser.add_argument("--timeout", type=float, metavar="S", help="kill a run after this many seconds")
     options, extra = parser.parse_known_args(argv)
-    if options.jobs < 1 or (options.timeout is not None and options.timeout <= 0):
+    if options.jobs < 1 or (options.timeout is not None and not options.timeout > 0):
         raise vqvae.UserError("jobs and timeout must be positive")
     if options.gpus is not None and not all(gpu.isdigit() for gpu in options.gpus.split(",")):
         raise vqvae.UserError(f"gpus: expected numbers with commas between, got {options.gpus!r}")
+    if options.gpus is not None:
+        extra = ["--device", "cuda", *extra]  # a GPU that is not there is an error, not a run on the CPU
     if options.epochs is not None:
         extra += ["--epochs", str(options.epochs)]
     if "--name" in extra or any(word.startswith("--name=") for word in extra):

@@ -25,6 +25,7 @@ import dataclasses
 import datetime
 import fcntl
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -36,9 +37,9 @@ import tarfile
 import threading
 import time
 import typing
-import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -135,6 +136,7 @@ class Config:
     precision: str = option("auto", "of the networks; quantizer and evaluation are float32",
                             choices=("auto", "float32", "bfloat16"))
     compile: bool = option(False, "torch.compile the networks")
+    deterministic: bool = option(False, "the same bits in every run on CUDA too (on the CPU they are anyway)")
     # run
     name: Optional[str] = option(None, "run name: results go to OUT_DIR/NAME (default: made from the quantizer and K)")
     out_dir: str = option("experiments", "folder of all runs")
@@ -164,19 +166,19 @@ class Config:
             object.__setattr__(self, "warmup_fraction", 0.0 if classical else 0.1)
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: dict) -> "Config":
         """Config from a dict of settings. Raises UserError on an unknown key or a bad value."""
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise UserError(f"unknown setting {unknown[0]!r}; `python train.py --help` lists them all")
         return cls(**values)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """Plain values, fit for YAML, JSON and checkpoints; infinity is the text "inf"."""
         return {key: "inf" if value == math.inf else value for key, value in dataclasses.asdict(self).items()}
 
 
-def default_ema_decay(config):
+def default_ema_decay(config: Config) -> float:
     """Decay whose window, 1/(1 - decay) batches, is 28/sqrt(v), at least 10, for v vectors per code and batch.
 
     Short windows follow the moving encoder, long ones average more samples of a large codebook's
@@ -206,8 +208,8 @@ def _checked(field, value):
         raise UserError(f"{field.name}: {value!r} is not one of {', '.join(map(str, rule['choices']))}")
     too_low = rule["low"] is not None and not value >= rule["low"]
     too_high = rule["high"] is not None and not value <= rule["high"]
-    if value == "":
-        raise UserError(f"{field.name}: must not be empty")
+    if kind is str and (not value or "\0" in value):
+        raise UserError(f"{field.name}: {value!r} must not be empty, nor hold a null byte")
     if too_low or too_high or (rule["above"] is not None and not value > rule["above"]):
         low = rule["low"] if rule["above"] is None else f"above {rule['above']}"
         raise UserError(f"{field.name}: {value!r} is out of range (from {low} to {rule['high'] or 'any'})")
@@ -232,11 +234,11 @@ class _ConfigLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path):
+def read_yaml(path: str | Path) -> dict:
     """The settings in a YAML file, as a dict. Raises UserError."""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _ConfigLoader)
-    except (OSError, UnicodeDecodeError, RecursionError, ValueError, yaml.YAMLError) as error:
+    except (OSError, RecursionError, ValueError, LookupError, AttributeError, yaml.YAMLError) as error:  # of PyYAML too
         raise UserError(f"{path}: cannot read this YAML file: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
@@ -270,7 +272,7 @@ def say(message):
         print(message, flush=True)
 
 
-def pick_device(device="auto"):
+def pick_device(device: str = "auto") -> tuple[torch.device, str]:
     """(torch.device, reason). Raises UserError for a device that is not there."""
     if device == "auto":
         if torch.cuda.is_available():
@@ -294,7 +296,7 @@ def pick_device(device="auto"):
     return picked, "asked for"
 
 
-def pick_precision(precision, device):
+def pick_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
     """(torch.dtype of the networks, reason)."""
     if precision != "auto":
         return getattr(torch, precision), "asked for"
@@ -355,7 +357,8 @@ class RateDistortion(NamedTuple):
     distortion: torch.Tensor  # E[d], in units of `distances`
 
 
-def blahut_arimoto(distances, beta, source=None, prior=None, tolerance=1e-9, max_iterations=100_000):
+def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | None = None, prior: torch.Tensor | None = None,
+                   tolerance: float = 1e-9, max_iterations: int = 100_000) -> RateDistortion:
     """The Blahut-Arimoto algorithm for rate-distortion (Blahut 1972, theorem 6; Csiszar 1974).
 
     Minimises I(X; K) + beta * E[d] in nats by alternating P(k|x) ~ q_k exp(-beta d(x, k)) and
@@ -793,9 +796,9 @@ def make_quantizer(config):
 class Reconstruction(NamedTuple):
     """What VQVAE.forward returns."""
 
-    images: torch.Tensor   # (B, 3, S, S), not clamped
-    indices: torch.Tensor  # (B, S/f, S/f) int64
-    loss: torch.Tensor     # () the quantizer's loss
+    images: torch.Tensor             # (B, 3, S, S), not clamped
+    indices: Optional[torch.Tensor]  # (B, S/f, S/f) int64; None without the quantizer
+    loss: Optional[torch.Tensor]     # () the quantizer's loss; likewise
 
 
 class VQVAE(nn.Module):
@@ -804,24 +807,24 @@ class VQVAE(nn.Module):
     quantizer: any module that maps latents (B, D, H, W) to the triple (z_q, indices, loss).
     """
 
-    def __init__(self, quantizer, hidden_dim=128, latent_dim=256, downsample=4):
+    def __init__(self, quantizer: nn.Module, hidden_dim: int = 128, latent_dim: int = 256, downsample: int = 4) -> None:
         super().__init__()
         self.downsample = downsample
         self.encoder = encoder(hidden_dim, latent_dim, downsample)
         self.quantizer = quantizer
         self.decoder = decoder(hidden_dim, latent_dim, downsample)
 
-    def latents(self, x):
+    def latents(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, S, S) -> encoder outputs (B, D, S/f, S/f). Raises ValueError on a wrong shape."""
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % self.downsample or x.shape[3] % self.downsample:
             raise ValueError(f"expected images (B, 3, S, S), S divisible by {self.downsample}, got {tuple(x.shape)}")
         return self.encoder(2 * x - 1)
 
-    def reconstruct(self, z_q):
+    def reconstruct(self, z_q: torch.Tensor) -> torch.Tensor:
         """Codes (B, D, H, W) -> images (B, 3, S, S), not clamped."""
         return (self.decoder(z_q) + 1) / 2
 
-    def forward(self, x, quantize=True, refine=0):
+    def forward(self, x: torch.Tensor, quantize: bool = True, refine: int = 0) -> Reconstruction:
         """Images -> Reconstruction. quantize=False: the plain autoencoder (indices and loss are None); refine: as in `encode`."""
         z = self.refined(x, refine) if refine else self.latents(x)
         if not quantize:
@@ -855,7 +858,7 @@ class VQVAE(nn.Module):
             moved = torch.where(parity == i % 2, target, moved)
         return moved
 
-    def encode(self, x, refine=0):
+    def encode(self, x: torch.Tensor, refine: int = 0) -> torch.Tensor:
         """Images (B, 3, S, S) -> code indices (B, S/f, S/f); refine: passes of `refined`."""
         return self.quantizer(self.refined(x, refine) if refine else self.latents(x))[1]
 
@@ -864,7 +867,7 @@ class VQVAE(nn.Module):
         return self.reconstruct(self.quantizer.codes(indices).permute(0, 3, 1, 2)).clamp(0, 1)
 
 
-def make_model(config, quantizer=None):
+def make_model(config: Config, quantizer: nn.Module | None = None) -> VQVAE:
     """The VQVAE that a Config describes, or the same around another quantizer. Seeded by config.seed."""
     torch.manual_seed(config.seed)
     quantizer = make_quantizer(config) if quantizer is None else quantizer
@@ -883,7 +886,7 @@ DEAD_LEAVES_SIZES = {True: 10000 + 5000, False: 2000}  # training (with validati
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 
 
-def download(urls, path, md5=None):
+def download(urls: list[str], path: str | Path, md5: str | None = None) -> None:
     """Fetch the first of `urls` that gives the whole file to `path`, atomically. Raises UserError.
 
     md5: the expected checksum, or None where none is published (the length is still checked).
@@ -895,7 +898,7 @@ def download(urls, path, md5=None):
         for url in urls:
             try:
                 got = _fetch(url, part)
-            except (TimeoutError, OSError, ValueError, urllib.error.URLError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
                 failures.append(f"{url}: {error}")
                 continue
             if md5 in (None, got):
@@ -911,11 +914,10 @@ def download(urls, path, md5=None):
 
 def _fetch(url, part):
     """Stream one URL to a file with a progress bar; its md5."""
-    parsed = urllib.parse.urlparse(url)
-    if parsed.scheme != "https" and parsed.hostname not in ("127.0.0.1", "localhost"):
-        raise ValueError("only https is allowed")
+    _only_https(url)
     digest, received = hashlib.md5(), 0
     with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, open(part, "wb") as file:
+        _only_https(response.url)  # after redirects
         total = int(response.headers.get("Content-Length") or 0) or None
         with tqdm(total=total, unit="B", unit_scale=True, desc="downloading", disable=None) as bar:
             while block := response.read(1 << 18):
@@ -926,6 +928,12 @@ def _fetch(url, part):
     if total not in (None, received):
         raise ValueError(f"the connection ended after {received} of {total} bytes")
     return digest.hexdigest()
+
+
+def _only_https(url):
+    parsed = urllib.parse.urlparse(url)
+    if parsed.scheme != "https" and parsed.hostname not in ("127.0.0.1", "localhost"):
+        raise ValueError(f"only https is allowed, not {url}")
 
 
 def _cifar10(config, train):
@@ -968,7 +976,7 @@ def _has_md5(path, digest):
     return found.hexdigest() == digest
 
 
-def dead_leaves(count, size, seed):
+def dead_leaves(count: int, size: int, seed: int) -> torch.Tensor:
     """Images of occluding random discs with power-law radii (Lee 2001): natural statistics, no download.
 
     Returns uint8 (count, size, size, 3), the same for the same arguments. Disc radii have density
@@ -999,9 +1007,9 @@ def _folder(config, train):
     """Images below data_dir/train and data_dir/test, or below data_dir with every tenth for the test."""
     root = Path(config.data_dir)
     split = root / ("train" if train else "test")
-    has_splits = (root / "train").is_dir() and (root / "test").is_dir()
+    has_splits = os.path.isdir(root / "train") and os.path.isdir(root / "test")
     base = split if has_splits else root
-    if not base.is_dir():
+    if not os.path.isdir(base):  # unlike Path.is_dir, False for a name that is too long
         raise UserError(f"data_dir: {base} is no folder; give --data_dir the folder of your images")
     suffixes = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
     paths = sorted(path for path in base.rglob("*") if path.suffix.lower() in suffixes)
@@ -1017,6 +1025,8 @@ def _folder(config, train):
     for path in tqdm(paths, desc=f"reading {base}", disable=None):
         try:
             with Image.open(path) as image:
+                if image.mode[0] in "IF":  # Pillow would clip these to white
+                    raise ValueError(f"mode {image.mode}, more than 8 bits per pixel; convert it to 8 bits")
                 images.append(np.asarray(resize(image.convert("RGB"))))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{path}: cannot read this image ({error}); repair or remove it") from error
@@ -1037,7 +1047,7 @@ def _first(images, count, setting):
     return images[:count]
 
 
-def training_images(config):
+def training_images(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """(training, validation) images, uint8 (N, S, S, 3) on the CPU. Raises UserError.
 
     The validation images are the last val_size of the training set, never trained on.
@@ -1049,7 +1059,7 @@ def training_images(config):
     return _first(images[:cut], config.train_subset, "train_subset"), images[cut:]
 
 
-def test_images(config):
+def test_images(config: Config) -> torch.Tensor:
     """Test images, uint8 (N, S, S, 3) on the CPU. Raises UserError."""
     return _first(_read_images(config, train=False), config.test_subset, "test_subset")
 
@@ -1059,13 +1069,13 @@ def memory_format(device):
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-def to_float(images):
+def to_float(images: torch.Tensor) -> torch.Tensor:
     """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) in [0, 1]."""
     x = images.permute(0, 3, 1, 2).float() / 255
     return x.contiguous(memory_format=memory_format(x.device))
 
 
-def to_bytes(images):
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
     """float (B, 3, S, S) -> uint8 of the same shape, clamped and rounded."""
     return (images.float() * 255).clamp(0, 255).round().byte()
 
@@ -1074,12 +1084,12 @@ def to_bytes(images):
 # Metrics: hard indices, eval mode, 8-bit images, pooled over the whole set
 
 
-def psnr(mse):
+def psnr(mse: torch.Tensor | float) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of a mean squared error (tensor or float) in [0, 1]^2 units."""
     return -10 * torch.as_tensor(mse, dtype=torch.float64).clamp_min(1e-10).log10()
 
 
-def ssim(a, b):
+def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Structural similarity of images (B, C, S, S) in [0, 1], (B,): Wang 2004, 11x11 Gaussian, sigma 1.5."""
     offsets = torch.arange(11, dtype=a.dtype, device=a.device) - 5
     window = torch.exp(-offsets.square() / (2 * 1.5 ** 2))
@@ -1099,7 +1109,7 @@ def ssim(a, b):
     return similarity.mean((1, 2, 3))
 
 
-def codebook_metrics(histogram):
+def codebook_metrics(histogram: torch.Tensor) -> dict[str, float]:
     """Perplexity, usage and bits per index of a code histogram (K,)."""
     histogram = histogram.cpu().double()  # Apple GPUs have no float64
     p = histogram / histogram.sum()
@@ -1112,7 +1122,8 @@ def codebook_metrics(histogram):
 
 
 @torch.no_grad()
-def code_histogram(model, images, codebook_size, batch_size=500, refine=0):
+def code_histogram(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size: int = 500,
+                   refine: int = 0) -> torch.Tensor:
     """How often each code is chosen over images uint8 (N, S, S, 3): (K,) int64. Eval mode, float32; refine: see `evaluate`."""
     device = next(model.parameters()).device
     histogram = torch.zeros(codebook_size, dtype=torch.int64, device=device)
@@ -1124,7 +1135,8 @@ def code_histogram(model, images, codebook_size, batch_size=500, refine=0):
 
 
 @torch.no_grad()
-def evaluate(model, images, codebook_size, batch_size=500, dtype=torch.float32, refine=0):
+def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size: int = 500,
+             dtype: torch.dtype = torch.float32, refine: int = 0) -> dict[str, float]:
     """Metrics of a model on images uint8 (N, S, S, 3), as a dict of floats; CODE_OVERVIEW.md has the glossary.
 
     Eval mode, hard indices, pooled over all images. dtype: autocast type of the networks. refine: passes of VQVAE.refined
@@ -1152,16 +1164,16 @@ def evaluate(model, images, codebook_size, batch_size=500, dtype=torch.float32, 
             latent_rows.append(torch.stack([loss.float(), distance]) * len(x))
             indices = indices.flatten()
             histogram.scatter_add_(0, indices, torch.ones_like(indices))
-    rows = torch.cat(rows).cpu().double()  # (N, 4)
+    per_image = torch.cat(rows).cpu().double()  # (N, 4)
     loss, distance = (torch.stack(latent_rows).cpu().double().sum(0) / len(images)).tolist()
-    mse = rows[:, 0].mean()
+    mse = per_image[:, 0].mean()
     return {
         "psnr": psnr(mse).item(),
-        "psnr_per_image": psnr(rows[:, 0]).mean().item(),
-        "psnr_y": psnr(rows[:, 1]).mean().item(),
-        **({"ssim": rows[:, 2].mean().item()} if images.shape[1] >= 11 else {}),  # the window needs 11 pixels
+        "psnr_per_image": psnr(per_image[:, 0]).mean().item(),
+        "psnr_y": psnr(per_image[:, 1]).mean().item(),
+        **({"ssim": per_image[:, 2].mean().item()} if images.shape[1] >= 11 else {}),  # the window needs 11 pixels
         "mse": mse.item(),
-        "recon_loss": rows[:, 3].mean().item(),
+        "recon_loss": per_image[:, 3].mean().item(),
         "commitment_loss": loss,
         "quantization_error": distance,
         "num_images": len(images),
@@ -1189,7 +1201,8 @@ def _autocast(device, dtype):
 # ----------------------------------------------------------------------------------------
 # Run folders and checkpoints
 
-NOT_IDENTITY = {"data_dir", "cifar10_url", "device", "out_dir", "name", "resume", "overwrite", "wandb", "compile"}
+NOT_IDENTITY = {"data_dir", "cifar10_url", "device", "out_dir", "name", "resume", "overwrite", "wandb", "compile",
+                "deterministic"}
 CHECKPOINT_NAME = re.compile(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pt")
 
 
@@ -1225,9 +1238,12 @@ def write_json(path, values):
     atomic_write(path, lambda file: file.write((json.dumps(values, indent=2, allow_nan=False) + "\n").encode()))
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: str | Path) -> dict:
     """The content of a checkpoint or final model, tensors on the CPU. Raises UserError."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
@@ -1257,7 +1273,7 @@ def load_state(model, state, path):
         raise UserError(f"{path}: the weights do not fit the model of its config ({reason})") from error
 
 
-def load_model(path, device="cpu"):
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQVAE, Config]:
     """(VQVAE in eval mode, Config) from a final_model.pt or a checkpoint. Raises UserError."""
     state = read_checkpoint(path)
     config = Config.from_dict(state["config"])
@@ -1272,13 +1288,13 @@ def _checkpoint_key(path):
     return int(epoch), int(step or 0)
 
 
-def checkpoints(folder):
+def checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints in a run folder, oldest first."""
     found = [path for path in Path(folder).glob("checkpoint_epoch_*.pt") if CHECKPOINT_NAME.fullmatch(path.name)]
     return sorted(found, key=_checkpoint_key)
 
 
-def identity(config):
+def identity(config: Config) -> dict:
     """The settings that decide a run's result (not where it runs or writes); a folder of images is one."""
     own = {key: value for key, value in config.to_dict().items() if key not in NOT_IDENTITY}
     if config.dataset == "folder":
@@ -1402,7 +1418,7 @@ def usage_picture(histogram, title, path):
 # Training
 
 
-def learning_rate(step, total, peak):
+def learning_rate(step: int, total: int, peak: float) -> float:
     """Linear warm-up over the first 2%, then cosine decay to 0."""
     warmup = max(1, total // 50)
     if step < warmup:
@@ -1410,7 +1426,7 @@ def learning_rate(step, total, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def epoch_order(count, seed, epoch):
+def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
     """Permutation of the training images, from (seed, epoch) alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator)
@@ -1438,14 +1454,19 @@ def average_gradients(model):
         gradient.copy_(piece.view_as(gradient))
 
 
-def check_finite(losses, first_step):
-    """Raise UserError if a loss (steps, 2) is not finite, naming the step and the cause."""
-    bad = (~torch.isfinite(losses)).any(1).nonzero()
+def check_finite(losses, first_step, model):
+    """Raise UserError if a loss (steps, 2) or a weight is not finite, naming the step and the cause."""
+    finite = torch.isfinite(losses)  # (steps, 2)
+    bad = (~finite.all(1)).nonzero()
     if len(bad):
-        row = bad[0].item()
-        cause = "reconstruction" if not torch.isfinite(losses[row, 0]) else "quantizer (latents)"
-        raise UserError(f"step {first_step + row}: the {cause} loss is not finite; try a lower --lr "
-                        "or --precision float32 (the last checkpoint is kept)")
+        step = bad[0].item()
+        cause = "reconstruction loss" if finite[step, 1] else "quantizer loss (so a latent)"
+    elif not torch.stack([torch.isfinite(p).all() for p in model.parameters()]).all():
+        step, cause = len(losses) - 1, "weights after this step"
+    else:
+        return
+    raise UserError(f"step {first_step + step}: the {cause} is not finite; try a lower --lr or --precision float32 "
+                    "(the last checkpoint is kept)")
 
 
 class _Signals:
@@ -1461,9 +1482,13 @@ class _Signals:
     def _handle(self, signum, frame):
         self.received = signum
 
+    def release(self):
+        """Give both signals their usual effect again."""
+        while self.previous:
+            signal.signal(*self.previous.popitem())
+
     def __exit__(self, *_):
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
+        self.release()
 
     def agreed(self, step):
         """The signal received, by any process; with several processes asked every 20 steps."""
@@ -1474,6 +1499,19 @@ class _Signals:
         signum = torch.tensor(self.received or 0)
         dist.all_reduce(signum, dist.ReduceOp.MAX)
         return signum.item() or None
+
+
+@contextlib.contextmanager
+def _deterministic(wanted):
+    """Context in which a kernel that could give other bits next time is replaced, or refused by PyTorch, where `wanted`."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first call
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def start_wandb(config, folder):
@@ -1517,7 +1555,7 @@ def on_first_process(function, *arguments):
     return result if rank() == 0 else None
 
 
-def train(config, quantizer=None):
+def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     """Train, evaluate and store one run; returns its metrics (the content of final_metrics.json).
 
     config: Config.  quantizer: a module to use in place of the one that config describes (peers).
@@ -1535,7 +1573,7 @@ def train(config, quantizer=None):
     if done.exists() and not config.overwrite:
         say(f"{folder}: already finished with this config; --overwrite trains it again")
         return json.loads(done.read_text())
-    say(f"device: {device} ({device_reason}); networks in {str(dtype)[6:]} ({dtype_reason})")
+    say(f"device: {device} ({device_reason}); networks in {str(dtype)[6:]} ({dtype_reason}); seed {config.seed}")
 
     if dist.is_initialized():
         on_first_process(_read_images, config, False)  # only one process downloads
@@ -1549,13 +1587,13 @@ def train(config, quantizer=None):
     total_steps = steps_per_epoch * config.epochs
     warmup_steps = int(config.warmup_fraction * total_steps)
 
-    model = make_model(config, quantizer).to(device, memory_format=memory_format(device))
+    model = make_model(config, quantizer).to(device).to(memory_format=memory_format(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
     if config.compile:
         model.encoder.compile()
         model.decoder.compile()
 
-    with locked(folder), _Signals() as signals:
+    with locked(folder), _deterministic(config.deterministic), _Signals() as signals:
         step, losses, histogram = restore(config, folder, model, optimizer, steps_per_epoch)
         wandb_run = start_wandb(config, folder)
         local = slice(rank() * batch_size // world_size(), (rank() + 1) * batch_size // world_size())
@@ -1582,25 +1620,26 @@ def train(config, quantizer=None):
                 step += 1
                 signum = signals.agreed(step)
                 if step % 100 == 0 or signum:
-                    check_finite(losses[:i + 1], epoch * steps_per_epoch)
+                    check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
                 if signum and i + 1 < steps_per_epoch:
                     save_checkpoint(folder, (epoch, i + 1), model, optimizer, config, step, losses, histogram)
                     raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
 
-            check_finite(losses, epoch * steps_per_epoch)
+            check_finite(losses, epoch * steps_per_epoch, model)
             seconds = time.perf_counter() - began  # check_finite has waited for the device
             record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
             if rank() == 0:
-                timing = {"epoch": epoch + 1, "seconds": seconds,
+                timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": seconds,
                           "images_per_second": len(progress) * batch_size / seconds}
                 report_epoch(config, folder, record, timing, wandb_run)
             losses.zero_()
             histogram.zero_()
             save_checkpoint(folder, (epoch + 1, 0), model, optimizer, config, step, losses, histogram)
             signum = signals.agreed(0)
-            if signum and step < total_steps:
+            if signum:
                 raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
 
+        signals.release()  # all is saved; nothing below needs to end well
         metrics = on_first_process(finish_run, config, folder, model, train_set, test_set)
         if wandb_run:
             wandb_run.summary.update(metrics)
@@ -1610,8 +1649,10 @@ def train(config, quantizer=None):
 
 def restore(config, folder, model, optimizer, steps_per_epoch):
     """Continue from the newest checkpoint, if any: (step, this epoch's losses (steps, 2), code histogram (K,))."""
-    if config.overwrite and rank() == 0:
-        clear_run_folder(folder)
+    if rank() == 0:
+        check_run_folder(config)  # again, now that no other process can write here
+        if config.overwrite:
+            clear_run_folder(folder)
     if dist.is_initialized():
         dist.barrier()
     device = next(model.parameters()).device
@@ -1697,8 +1738,8 @@ def finish_run(config, folder, model, train_set, test_set):
     atomic_write(folder / "final_model.pt", lambda file: torch.save(state, file))
     reconstruction_picture(model, test_set[:16], f"{config.name}: PSNR {metrics['psnr']:.2f} dB on {len(test_set)} test images",
                            folder / "reconstructions.png")
-    usage_picture(histogram, f"{config.name}: perplexity {metrics['perplexity']:.0f} of {config.codebook_size}",
-                  folder / "codebook_usage.png")
+    title = f"{config.name} (seed {config.seed}): perplexity {metrics['perplexity']:.0f} of {config.codebook_size}"
+    usage_picture(histogram, title, folder / "codebook_usage.png")
     write_json(folder / "final_metrics.json", metrics)
     if config.codebook_size > metrics["num_indices"] / 10:
         say(f"note: {metrics['num_indices']} test indices are few for {config.codebook_size} codes; usage and perplexity "
@@ -1716,7 +1757,7 @@ def run_command(main):
             dist.destroy_process_group()
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
     except Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -1725,8 +1766,8 @@ def run_command(main):
         print("stopped", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|enough memory", str(error)):
+        reason = str(error).replace("\n", " ").split(". ")[0]
+        if isinstance(error, RuntimeError) and not re.search("out of memory|(allocate|enough) memory|ALLOC_FAILED", str(error)):
             raise
-        print(f"error: out of memory: lower --batch_size, --hidden_dim or --codebook_size ({str(error).split('. ')[0]})",
-              file=sys.stderr)
+        print(f"error: out of memory: lower --batch_size, --hidden_dim or --codebook_size ({reason})", file=sys.stderr)
         return 2

@@ -1,14 +1,21 @@
 """train.py as users type it: precedence, the documented lines, and one clear line for every bad input."""
 
+import contextlib
+import io
 import os
+import pickle
+import re
 import subprocess
 import sys
+import tempfile
 from functools import partial
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import train
 import vqvae
@@ -95,23 +102,28 @@ BAD_FLAGS = [
     "--ba_iters 1000", "--ba_iters x", "--vq_recipe best", "--restart_threshold -1", "--restart_threshold 3",
     "--seed -1", "--seed 99999999999", "--seed x", "--device tpu", "--device cuda:99", "--device cuda:x", "--device meta",
     "--device ''", "--precision float16", "--precision double", "--val_size -1", "--val_size 15000 --dataset dead_leaves",
-    "--train_subset 0", "--train_subset -3", "--train_subset 10001 --dataset dead_leaves",
-    "--test_subset 0", "--test_subset 2001 --dataset dead_leaves", "--name ../escape", "--name a/b", "--name .hidden",
-    "--name ''", "--name /etc/passwd", "--name ..", "--config nowhere.yaml", "--config .", "--confg x", "--quantiser ba_vq",
+    "--train_subset 0", "--train_subset -3", "--train_subset 10001 --dataset dead_leaves --val_size 9",
+    "--test_subset 0", "--test_subset 2001 --dataset dead_leaves --val_size 9", "--name ../escape", "--name a/b",
+    "--name .hidden", "--name ''", "--name /etc/passwd", "--name ..", "--config nowhere.yaml", "--config .", "--confg x",
+    "--quantiser ba_vq",
     "--resume", "--resume --overwrite", "--dataset folder --data_dir nowhere", "--epochs 3 4", "extra", "--wandb=yes",
-    "--out_dir ''", "--data_dir ''",
+    "--out_dir ''", "--data_dir ''", "--deterministic=1", "--extra\nline", "--dataset folder --data_dir a\nb",
+    "--dataset folder --data_dir " + "d" * 300, "--out_dir " + "o" * 300, "--config " + "c" * 300, "--name " + "n" * 200,
 ]
 
 
 @pytest.mark.parametrize("line", BAD_FLAGS)
 def test_a_bad_flag_gives_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
-    words = [word.strip("'") for word in line.split()]
+    monkeypatch.setattr(vqvae, "DEAD_LEAVES_SIZES", {True: 300, False: 100})
+    words = [word.strip("'") for word in line.split(" ")]
+    named = [word.split("=")[0].strip("-").replace("\n", " ") for word in words]
     if "dataset" not in line:  # nothing may reach the network
         words += ["--dataset", "dead_leaves"] if "image_size" not in line else []
     code, out, err = run(capsys, *words)
     assert code == 2, (out, err)
-    assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 400, err
+    assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 700, err
+    assert any(word and word in err for word in named), err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,11 +132,15 @@ BAD_YAML = {
     "bool for int": "epochs: true", "int for bool": "wandb: 1", "text for bool": "wandb: 'yes'", "null": "lr: null",
     "list": "epochs: [1, 2]", "mapping": "epochs: {a: 1}", "duplicate": "lr: 0.1\nlr: 0.2", "a list": "- lr",
     "a word": "hello", "a number": "3", "broken": "lr: [1", "tabs": "lr:\t- 0.1\n\t- 2", "number key": "3: 4",
+    "alias bomb in a value": "lr: &a [x,x,x,x,x,x,x,x]\nseed: &b [*a,*a,*a,*a,*a,*a,*a]\nname: &c [*b,*b,*b,*b,*b]\ndataset: *c",
     "alias bomb": "a: &a [1,1]\nb: &b [*a,*a]\nc: [*b,*b]", "anchor": "lr: &x 0.1\nepochs: *x",
     "object": "lr: !!python/object/apply:os.system ['true']", "binary": "lr: !!binary aGk=", "date": "name: 2020-01-01",
     "nan": "lr: .nan", "infinite": "lr: .inf", "out of range": "codebook_size: -1", "path in name": "name: ../x",
     "two documents": "lr: 0.1\n---\nlr: 0.2", "complex key": "? [a, b]\n: 1",
-    "null byte": "lr: \x00", "deep": "[" * 3000, "huge integer": "seed: " + "9" * 400,
+    "null byte": "lr: \x00", "null byte in a path": 'out_dir: "a\\0b"', "null byte in a name": 'name: "a\\0b"',
+    "no such boolean": "wandb: !!bool maybe", "empty integer": 'seed: !!int ""', "no timestamp": "name: !!timestamp x",
+    "no mapping": "!!map x", "impossible date": "name: 2001-99-99", "digits without a number": "seed: 0x_", "merge": "<<: 3",
+    "deep": "[" * 3000, "huge integer": "seed: " + "9" * 400,
 }
 
 
@@ -134,7 +150,7 @@ def test_bad_yaml_gives_one_line_and_exit_code_2(capsys, tmp_path, name):
     file.write_text(BAD_YAML[name])
     code, _, err = run(capsys, "--config", str(file), "--dry_run")
     assert code == 2
-    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 800, err
     if name == "text for number":
         assert "3.0e-4" in err
 
@@ -143,6 +159,72 @@ def test_yaml_that_is_not_text(capsys, tmp_path):
     (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00\x81")
     code, _, err = run(capsys, "--config", str(tmp_path / "bad.yaml"), "--dry_run")
     assert code == 2 and err.count("\n") == 1
+
+
+FLAGS = [field.name for field in vqvae.dataclasses.fields(vqvae.Config)] + ["no_wandb", "config", "surprise"]
+WORDS = st.one_of(st.integers().map(str), st.floats().map(str), st.sampled_from(["ba_vq", "cosine", "inf", "", "-1", "1e-7"]),
+                  st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8))
+
+
+def assert_accepted_or_one_line(words, folder):
+    """A dry run of these words prints a config, or one line with exit code 2; it writes nothing into `folder`."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = vqvae.run_command(lambda: train.main([*words, "--dry_run"])) or 0
+    if code == 0:
+        vqvae.Config.from_dict(yaml.safe_load(out.getvalue()))
+    else:
+        assert code == 2 and re.fullmatch(r"error: [^\n]+\n", err.getvalue()) and not out.getvalue(), err.getvalue()
+    assert not list(vqvae.Path(folder).iterdir())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(FLAGS), WORDS), min_size=1, max_size=3))
+def test_any_flags_are_accepted_or_give_one_line(pairs):
+    with tempfile.TemporaryDirectory() as folder:
+        assert_accepted_or_one_line([word for name, value in pairs for word in (f"--{name}", value)], folder)
+
+
+YAML_TEXT = st.one_of(st.text(max_size=60), st.text("abl01.: -[]{}&*!?|>'\"#%@,\n\t<=", max_size=60),
+                      st.dictionaries(st.sampled_from(FLAGS), st.one_of(
+                          st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.dates(),
+                          st.lists(st.integers(), max_size=2)), max_size=3).map(yaml.safe_dump))
+
+
+@settings(max_examples=300, deadline=None)
+@given(YAML_TEXT)
+def test_any_yaml_is_accepted_or_gives_one_line(text):
+    with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile(suffix=".yaml") as file:
+        file.write(text.encode("utf-8", "surrogatepass"))
+        file.flush()
+        assert_accepted_or_one_line(["--config", file.name], folder)
+
+
+def load_and_fit(path):
+    """The weights of a checkpoint, read and put into its model."""
+    model, _ = vqvae.load_model(path)
+    return model.state_dict()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_truncated_or_altered_checkpoint_is_refused_or_still_right(data):
+    """Cut anywhere, or one bit flipped anywhere: never a traceback, never other weights."""
+    good = (ROOT / "results" / "sample" / "ba_vq_k128_s0" / "final_model.pt").read_bytes()
+    place = data.draw(st.integers(0, len(good) - 1))
+    altered = bytearray(good)
+    altered[place] ^= 1 << data.draw(st.integers(0, 7))
+    reference = load_and_fit(ROOT / "results" / "sample" / "ba_vq_k128_s0" / "final_model.pt")
+    for content in (good[:place], bytes(altered)):
+        with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+            file.write(content)
+            file.flush()
+            try:
+                got = load_and_fit(file.name)
+            except vqvae.UserError as error:
+                assert file.name in str(error)
+                continue
+            assert all(torch.equal(got[key], value) for key, value in reference.items() if torch.is_tensor(value))
 
 
 class Malice:
@@ -167,7 +249,9 @@ def damaged_checkpoints(good, folder):
         (folder / f"{name}.pt").write_bytes(content)
     for name, content in objects.items():
         torch.save(content, folder / f"{name}.pt")
-    return [*files, *objects]
+    torch.save(Malice(), folder / "old pickled object.pt", _use_new_zipfile_serialization=False)
+    (folder / "bare pickled object.pt").write_bytes(pickle.dumps(Malice()))
+    return [*files, *objects, "old pickled object", "bare pickled object"]
 
 
 def test_bad_checkpoints_give_one_line_and_run_nothing(tiny_config, tmp_path, monkeypatch, capsys):
@@ -184,6 +268,11 @@ def test_bad_checkpoints_give_one_line_and_run_nothing(tiny_config, tmp_path, mo
         code = vqvae.run_command(partial(eval_cifar.main, words))
         err = capsys.readouterr().err
         assert code == 2 and err.count("\n") == 1 and f"{name}.pt" in err, (name, err)
+    run = tmp_path / "experiments" / "tiny"
+    (run / "final_metrics.json").unlink()
+    torch.save({"format_version": 2, "config": {}, "model": Malice()}, vqvae.checkpoints(run)[-1])
+    with pytest.raises(vqvae.UserError, match="checkpoint_epoch_0001.pt"):
+        vqvae.train(tiny_config(epochs=1))
     assert not (tmp_path / "pwned").exists() and not (broken / "eval_metrics.json").exists()
 
 
@@ -212,8 +301,37 @@ def test_out_of_memory_says_what_to_lower(capsys):
     assert "--batch_size" in capsys.readouterr().err
 
 
-def test_ctrl_c_through_the_command_line(tiny, tmp_path):
-    """Exit code 130, one line, and the same command finishes the run."""
+def test_memory_that_is_not_there():
+    """A codebook of 17 GB under a limit of 8 GB of address space."""
+    line = f"""ulimit -v 8000000
+        {sys.executable} {ROOT}/train.py --dataset dead_leaves --image_size 4 --device cpu \\
+            --codebook_size 1048576 --latent_dim 4096"""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--codebook_size" in done.stderr, done.stderr
+        assert not list(vqvae.Path(folder).iterdir())
+
+
+def test_a_failure_of_another_kind_is_not_hidden():
+    def broken():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        vqvae.run_command(broken)
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]), ids=lambda path: path.name)
+def test_nothing_is_loaded_unsafely(path):
+    text = path.read_text()
+    assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^\n]*", text))
+    assert all("_ConfigLoader" in call for call in re.findall(r"yaml\.load\([^\n]*", text))
+    assert all("allow_pickle=False" in call for call in re.findall(r"np\.load\([^\n]*", text))
+    assert all('filter="data"' in call for call in re.findall(r"\.extract(?:all)?\([^\n]*", text))
+    assert not re.search(r"pickle\.loads?\(|yaml\.(?:full|unsafe)_load|_create_unverified|(?<![.\w])(?:eval|exec)\(", text)
+
+
+def test_ctrl_c_and_a_second_run_of_that_name(tiny, tiny_config, tmp_path):
+    """While a run trains, a second one of its name is refused. Ctrl-C: exit code 130, one line, state saved."""
     import signal
     import time
     flags = [w for k, v in tiny(epochs=200).items() for w in (f"--{k}", str(v))]
@@ -222,6 +340,9 @@ def test_ctrl_c_through_the_command_line(tiny, tmp_path):
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("epoch 2/"):
+                for changes in ({}, {"overwrite": True}):
+                    with pytest.raises(vqvae.UserError, match="another process is training this run"):
+                        vqvae.train(tiny_config(epochs=200, **changes))
                 process.send_signal(signal.SIGINT)
                 break
         began = time.time()
@@ -230,8 +351,6 @@ def test_ctrl_c_through_the_command_line(tiny, tmp_path):
     assert time.time() - began < 30
     assert any("step" in path.name or "epoch" in path.name
                for path in vqvae.checkpoints(tmp_path / "experiments" / "tiny"))
-
-
 
 
 def test_one_gpu_for_every_process_is_refused(monkeypatch):

@@ -98,6 +98,18 @@ def test_a_whole_run_and_its_checkpoint_on_the_cpu(tiny_config, compile):
     assert again["psnr"] == pytest.approx(metrics["psnr"], abs=0.05)
 
 
+@pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
+def test_deterministic_runs_have_the_same_bits(tiny, tmp_path, quantizer):
+    folders = [tmp_path / "experiments" / name for name in ("one", "two")]
+    for folder in folders:  # each in a process of its own: cuBLAS reads its workspace setting once
+        settings = tiny(device="cuda", precision="auto", quantizer=quantizer, name=folder.name, epochs=4)
+        flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--deterministic"], check=True)
+    one, two = (torch.load(folder / "final_model.pt", weights_only=True)["model"] for folder in folders)
+    assert all(torch.equal(one[key], two[key]) for key in one if torch.is_tensor(one[key]))
+    assert (folders[0] / "metrics.jsonl").read_bytes() == (folders[1] / "metrics.jsonl").read_bytes()
+
+
 def test_resume_on_the_device(tiny, tmp_path):
     flags = [word for key, value in tiny(device="cuda:0", name="stopped", epochs=30).items() for word in (f"--{key}", str(value))]
     command = [sys.executable, str(ROOT / "train.py"), *flags]

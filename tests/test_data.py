@@ -3,6 +3,9 @@
 import hashlib
 import http.server
 import io
+import os
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -10,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import vqvae
@@ -115,6 +119,16 @@ def test_a_broken_image_is_named(tmp_path, kind):
         vqvae.training_images(folder_config(tmp_path, val_size=0))
 
 
+@pytest.mark.parametrize("kind", ["I;16 png", "F tiff", "I tiff"])
+def test_images_of_more_than_8_bits_are_refused_not_clipped(tmp_path, kind):
+    mode, suffix = kind.split()
+    array = np.linspace(0, 60000, 256).reshape(16, 16).astype({"I;16": np.uint16, "F": np.float32, "I": np.int32}[mode])
+    save(tmp_path / "train" / f"deep.{suffix}", array)
+    save(tmp_path / "test" / "fine.png", np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(UserError, match="deep.*convert it to 8 bits"):
+        vqvae.training_images(folder_config(tmp_path, val_size=0))
+
+
 @pytest.mark.parametrize("layout", ["missing", "empty", "no images", "a file"])
 def test_folders_without_images(tmp_path, layout):
     root = tmp_path / "data"
@@ -129,12 +143,22 @@ def test_folders_without_images(tmp_path, layout):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves /good, /garbage, /half (drops the line), /stall (sends nothing more), /count; else 404."""
+    """Serves /good, /garbage, /half (drops the line), /stall (sends nothing more), RAW and redirects; else 404."""
 
     content, requests = b"", []
+    RAW = {"/noise": b"\0\1noise\r\n\r\n", "/nothing": b"", "/chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz",
+           "/length": b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc", "/error": b"HTTP/1.1 500 Oh\r\n\r\n"}
 
     def do_GET(self):
         self.requests.append(self.path)
+        if self.path in self.RAW:
+            self.wfile.write(self.RAW[self.path])
+            return
+        if self.path in ("/circle", "/leak"):  # 127.1 is this machine too, but no name that plain http is allowed to
+            self.send_response(302)
+            host = self.headers["Host"] if self.path == "/circle" else self.headers["Host"].replace("127.0.0.1", "127.1")
+            self.send_header("Location", f"http://{host}/" + ("circle" if self.path == "/circle" else "good"))
+            return self.end_headers()
         body = {"/good": self.content, "/garbage": b"<html>sorry</html>", "/half": self.content[:100],
                 "/stall": self.content[:100]}.get(self.path)
         if body is None:
@@ -168,10 +192,11 @@ def test_download_checks_and_is_atomic(server, tmp_path):
     assert Handler.requests == ["/missing", "/garbage", "/half", "/good"]
 
 
-@pytest.mark.parametrize("path", ["missing", "garbage", "half", "stall"])
+@pytest.mark.parametrize("path", ["missing", "garbage", "half", "stall", "noise", "nothing", "chunks", "length", "error",
+                                  "circle", "leak", "with a blank", "\x01"])
 def test_a_failing_download_leaves_nothing(server, tmp_path, monkeypatch, path):
     monkeypatch.setattr(vqvae, "DOWNLOAD_TIMEOUT", 0.5)
-    with pytest.raises(UserError, match=f"{path}.*by hand"):
+    with pytest.raises(UserError, match=f"(?s){path}.*by hand"):
         vqvae.download([f"{server}/{path}"], tmp_path / "file", hashlib.md5(Handler.content).hexdigest())
     assert list(tmp_path.iterdir()) == []
 
@@ -180,6 +205,22 @@ def test_only_https_leaves_this_machine(tmp_path):
     for url in ("http://example.org/x", "ftp://example.org/x", "file:///etc/passwd"):
         with pytest.raises(UserError, match="only https"):
             vqvae.download([url], tmp_path / "file", "0")
+
+
+def test_a_short_download_is_noticed_without_a_checksum(server, tmp_path):
+    with pytest.raises(UserError, match="ended after 100 of 12800 bytes"):
+        vqvae.download([f"{server}/half"], tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_redirect_to_plain_http_is_refused(server, tmp_path):
+    with pytest.raises(UserError, match="only https is allowed, not http://127.1:"):
+        vqvae.download([f"{server}/leak"], tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_built_in_addresses_are_https_with_a_checksum():
+    assert all(url.startswith("https://") for url in vqvae.CIFAR10_URLS) and len(vqvae.CIFAR10_MD5) == 32
 
 
 def test_cifar10_offline_is_one_clear_error(tmp_path):
@@ -195,9 +236,10 @@ def test_cifar10_downloads_unpacks_and_verifies(server, tmp_path, monkeypatch, c
     Handler.content = archive.getvalue()
     monkeypatch.setattr(vqvae, "CIFAR10_MD5", hashlib.md5(Handler.content).hexdigest())
     config = Config(data_dir=str(tmp_path), cifar10_url=f"{server}/good")
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(Handler.content[:1000])  # a partial download of another program
     assert len(vqvae.test_images(config)) == 10000
     assert len(vqvae.training_images(config)[0]) == 45000
-    assert Handler.requests == ["/good"]
+    assert Handler.requests == ["/good"] and not list(tmp_path.glob(".*.part"))
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_1"
     batch.write_bytes(batch.read_bytes()[:-1])  # damaged later: mended from the archive
     assert len(vqvae.training_images(config)[0]) == 45000 and Handler.requests == ["/good"]
@@ -214,3 +256,24 @@ def test_archive_members_cannot_escape(server, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot unpack"):
         vqvae.test_images(Config(data_dir=str(tmp_path / "data"), cifar10_url=f"{server}/good"))
     assert not (tmp_path / "escaped").exists()
+
+
+def test_a_read_only_disk_gives_one_line(tmp_path):
+    """Permissions do not stop root, a read-only mount does."""
+    in_namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o ro none {tmp_path}"
+    if subprocess.run([*in_namespace, mount], capture_output=True).returncode:
+        pytest.skip("no user namespaces here to mount a read-only disk in")
+    script = f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import train, vqvae
+        vqvae.DEAD_LEAVES_SIZES = {{True: 200, False: 60}}
+        for words in (["--data_dir", "{tmp_path}/data"], ["--dataset", "dead_leaves", "--out_dir", "{tmp_path}/x"]):
+            print(vqvae.run_command(lambda: train.main([*words, "--device", "cpu", "--val_size", "9"])))"""
+    done = subprocess.run([*in_namespace, f'{mount} && exec "$@"', "-", sys.executable, "-c", script], text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    errors = done.stderr.splitlines()
+    assert [line for line in done.stdout.splitlines() if line.isdigit()] == ["2", "2"], done.stderr
+    assert len(errors) == 2 and all("Read-only file system" in line for line in errors), errors
+    assert "choose another --data_dir" in errors[0] and "choose another --out_dir" in errors[1]

@@ -239,7 +239,7 @@ def test_shapes_and_lookup():
         assert rows.z_q.shape == (6, 4) and rows.indices.shape == (6,)
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (4,), (2, 3, 4, 4), (2, 4, 3)])
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (0, 4, 2, 2), (2, 4, 0, 2), (4,), (2, 3, 4, 4), (2, 4, 3)])
 def test_wrong_shapes_are_refused(shape):
     with pytest.raises(ValueError, match="expected"):
         BAQuantizer(8, 4).train()(torch.randn(shape))
@@ -359,8 +359,10 @@ def test_half_precision_input_keeps_float32_state(dtype):
     ("constant", torch.ones(40, 4)), ("zero", torch.zeros(40, 4)), ("tiny", 1e-6 * torch.randn(40, 4)),
     ("huge", 1e6 * torch.randn(40, 4)), ("one row", torch.randn(1, 4)), ("far", 1e3 + torch.randn(40, 4))])
 def test_quantizers_survive(metric, name, z):
+    whitening = float(metric == "euclid")
     for k in (1, 8, 100):
         for quantizer in (VQEMAQuantizer(k, 4, metric), VQEMAQuantizer(k, 4, metric, recipe="classical"),
+                          VQEMAQuantizer(k, 4, metric, whitening=whitening), BAQuantizer(k, 4, metric, whitening=whitening),
                           *(BAQuantizer(k, 4, metric, entropy_weight=w, temperature_start=t)
                             for w in (0.0, 1.0, 10.0, math.inf) for t in (1e-6, 0.1, 1e6))):
             for _ in range(5):
@@ -369,12 +371,74 @@ def test_quantizers_survive(metric, name, z):
             assert torch.isfinite(out.z_q).all() and torch.isfinite(out.loss)
 
 
+@pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1e6), (torch.bfloat16, 1e-6), (torch.float16, 1e4),
+                                          (torch.float16, 1e-6)])
+def test_quantizers_survive_half_precision_of_any_scale(dtype, scale):
+    for quantizer in both():
+        for _ in range(5):
+            out = quantizer.train()((scale * torch.randn(40, 4)).to(dtype))
+        assert all(torch.isfinite(b).all() for b in quantizer.buffers()), quantizer
+        assert torch.isfinite(out.z_q).all() and torch.isfinite(out.loss) and out.z_q.dtype == dtype
+
+
+@pytest.mark.parametrize("metric", ["euclid", "cosine"])
+def test_quantizers_survive_duplicate_codes(metric):
+    for quantizer in both(metric=metric):
+        quantizer.train()(torch.randn(40, 4))
+        quantizer.codebook[1:] = quantizer.codebook[0]
+        quantizer.ema[1:] = quantizer.ema[0]
+        for _ in range(5):
+            out = quantizer(torch.randn(40, 4))
+        assert all(torch.isfinite(b).all() for b in quantizer.buffers()) and out.indices.max() < 8
+
+
 def test_codes_recover_after_a_constant_first_batch():
     quantizer = BAQuantizer(16, 3).train()
     quantizer(torch.ones(64, 3))
     for _ in range(400):
         quantizer(torch.randn(64, 3))
     assert len(quantizer.eval()(torch.randn(5000, 3)).indices.unique()) == 16
+
+
+SEED = st.integers(0, 10_000)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEED, n=st.integers(1, 40), k=st.integers(1, 130), d=st.integers(1, 5), chunk=st.integers(1, 3000),
+       log_temperature=st.floats(-6, 6), scale=st.sampled_from([1e-6, 1.0, 1e6]))
+def test_streaming_equals_dense_and_marginals_sum_to_one(seed, n, k, d, chunk, log_temperature, scale):
+    """Any shapes, chunks, temperatures and scales: with each code's mass P(k|z) against float64, and nothing lost."""
+    torch.manual_seed(seed)
+    z, codebook, log_w = scale * torch.randn(n, d), scale * torch.randn(k, d), torch.randn(k)
+    temperature = torch.tensor(10.0 ** log_temperature * scale ** 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vqvae.CHUNK_ELEMENTS, "cpu", chunk)
+        got = soft_assign(z, codebook, log_w, temperature)
+    assert got.stats[:, -1].sum().item() == pytest.approx(n, rel=1e-4)
+    assert torch.allclose(got.stats[:, :-1].sum(0), z.sum(0), atol=1e-4 * scale * n)
+    indices, stats, distortion = dense_assignment(z.double(), codebook.double(), log_w.double(), temperature.double())
+    distances = torch.cdist(z.double(), codebook.double()).square() / scale ** 2
+    rows = torch.arange(n)
+    assert torch.allclose(distances[rows, got.indices], distances[rows, indices], atol=1e-4)  # ties within rounding
+    assert got.distortion.item() == pytest.approx(distortion.item(), rel=1e-4, abs=1e-4 * n * scale ** 2)
+    if log_temperature > -2:  # below, rounding decides between nearly equal codes
+        assert torch.allclose(got.stats[:, -1].double(), stats[:, -1], atol=2e-2, rtol=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEED, entropy_weight=st.sampled_from([0.0, 1.0, 10.0, math.inf]), whitening=st.sampled_from([0.0, 1.0]))
+def test_permuting_the_codes_permutes_a_whole_training_step(seed, entropy_weight, whitening):
+    torch.manual_seed(seed)
+    one = BAQuantizer(6, 3, entropy_weight=entropy_weight, whitening=whitening, restart_threshold=0.0).train()
+    one(torch.randn(40, 3))
+    other, order = copy.deepcopy(one), torch.randperm(6)
+    for name in ("codebook", "ema", "log_w"):
+        getattr(other, name).copy_(getattr(one, name)[order])
+    z = torch.randn(40, 3)
+    first, second = one(z), other(z)
+    assert torch.equal(order[second.indices], first.indices) and torch.allclose(second.z_q, first.z_q, atol=1e-6)
+    for name in ("codebook", "ema", "log_w"):
+        assert torch.allclose(getattr(other, name), getattr(one, name)[order], atol=1e-4)
 
 
 @settings(max_examples=20, deadline=None)

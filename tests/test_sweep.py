@@ -3,10 +3,12 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -63,10 +65,13 @@ def test_dry_run_and_print_commands_write_nothing(script, tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--jobs", "0"], ["--jobs", "x"], ["--gpus", "a"], ["--only", "k999"], ["--timeout", "-1"],
+                                   ["--timeout", "nan"], ["--gpus", ""],
                                    ["--epochs", "0"], ["--lr", "fast"], ["--name", "x"], ["--unknown"]])
-def test_bad_words_give_one_line(script, tmp_path, words):
-    code, _, err = script("run_gpu_experiments.py", *words)
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+def test_bad_words_give_one_line(capsys, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    assert vqvae.run_command(lambda: run_gpu_experiments.main(words)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -84,6 +89,10 @@ def test_the_sweep_runs_skips_what_is_done_and_summarises(script, tmp_path):
     before = (folder / "gpu_ba_vq_k256_cosine" / "final_model.pt").stat().st_mtime_ns
     assert script("run_gpu_experiments.py", *words)[0] == 0
     assert (folder / "gpu_ba_vq_k256_cosine" / "final_model.pt").stat().st_mtime_ns == before
+    # Another config under the same names is not taken for done.
+    code, _, err = script("run_gpu_experiments.py", *words, "--lr", "0.001")
+    assert code == 1 and "failed: gpu_vq_ema_k256_cosine, gpu_ba_vq_k256_cosine" in err
+    assert "another config (lr 0.003 -> 0.001)" in (folder / "gpu_ba_vq_k256_cosine.log").read_text()
     # The user's own loop over the results.
     loop = ('for exp in experiments/*/final_metrics.json; do\n  echo "$(dirname $exp):"\n  python -c "import json; '
             "m=json.load(open('$exp')); print(f\\\"  PSNR: {m['psnr']:.2f} dB, Perplexity: {m['perplexity']:.1f}, "
@@ -93,15 +102,22 @@ def test_the_sweep_runs_skips_what_is_done_and_summarises(script, tmp_path):
     assert shown.returncode == 0 and shown.stdout.count("PSNR: ") == 2 and "Usage: " in shown.stdout
 
 
-def test_a_failing_run_does_not_stop_the_others(script, tmp_path):
-    taken = tmp_path / "experiments" / "gpu_vq_ema_k256_cosine"
+def test_a_failing_run_does_not_stop_the_others_and_only_it_is_repeated(script, tmp_path):
+    words = ["--only", "k256_cosine", "--epochs", "1", *SMALL]
+    folder = tmp_path / "experiments"
+    taken = folder / "gpu_vq_ema_k256_cosine"
     taken.mkdir(parents=True)
     (taken / "foreign.txt").write_text("in the way")
-    code, out, err = script("run_gpu_experiments.py", "--only", "k256_cosine", "--epochs", "1", *SMALL)
-    summary = json.loads((tmp_path / "experiments" / "gpu_run_summary.json").read_text())
+    code, out, err = script("run_gpu_experiments.py", *words)
+    summary = json.loads((folder / "gpu_run_summary.json").read_text())
     assert code == 1 and "failed: gpu_vq_ema_k256_cosine" in err
     assert summary["status"] == {"gpu_vq_ema_k256_cosine": "exit code 2", "gpu_ba_vq_k256_cosine": "finished"}
-    assert "not a run" in (tmp_path / "experiments" / "gpu_vq_ema_k256_cosine.log").read_text()
+    assert "not a run" in (folder / "gpu_vq_ema_k256_cosine.log").read_text()
+    (taken / "foreign.txt").unlink()
+    before = (folder / "gpu_ba_vq_k256_cosine" / "final_model.pt").stat().st_mtime_ns
+    assert script("run_gpu_experiments.py", *words)[0] == 0
+    assert (folder / "gpu_ba_vq_k256_cosine" / "final_model.pt").stat().st_mtime_ns == before
+    assert set(json.loads((folder / "gpu_run_summary.json").read_text())["runs"]) == set(summary["status"])
 
 
 def test_jobs_are_packed_onto_the_gpus(tmp_path, monkeypatch):
@@ -145,6 +161,54 @@ def test_a_hanging_run_is_killed(script, tmp_path):
     code, _, err = script("run_gpu_experiments.py", "--only", "ba_vq_k256_cosine", "--timeout", "1", "--epochs", "5000", *SMALL)
     summary = json.loads((tmp_path / "experiments" / "gpu_run_summary.json").read_text())
     assert code == 1 and summary["status"]["gpu_ba_vq_k256_cosine"] == "timeout after 1 s"
+
+
+# Stands in for train.py where only the sweep's own handling of its processes matters: it behaves as the run's name says.
+ACTOR = """
+import os, pathlib, subprocess, sys, time
+name = sys.argv[sys.argv.index("--name") + 1]
+if "vq_ema_k256_cosine" in name:  # hangs, with a process of its own
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    pathlib.Path("child").write_text(str(child.pid))
+    time.sleep(60)
+if "ba_vq_k256_cosine" in name:
+    os.kill(os.getpid(), 9)
+if "k1024" in name:
+    raise RuntimeError("a bug")
+folder = pathlib.Path("experiments") / name
+folder.mkdir()
+(folder / "final_metrics.json").write_text(pathlib.Path("metrics").read_text())
+"""
+
+
+@pytest.mark.parametrize("jobs", ["1", "3"])
+def test_hanging_killed_and_broken_runs_do_not_stop_the_others(tmp_path, monkeypatch, jobs):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text(ACTOR)
+    (tmp_path / "config_gpu.yaml").write_text("batch_size: 256\n")
+    (tmp_path / "metrics").write_text((ROOT / "results" / "sample" / "ba_vq_k128_s0" / "final_metrics.json").read_text())
+    monkeypatch.setattr(run_gpu_experiments, "SCRIPTS", tmp_path)
+    (tmp_path / "experiments" / "gpu_vq_ema_k512.log").mkdir(parents=True)  # its log cannot be opened
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run_gpu_experiments.main(["--timeout", "2", "--jobs", jobs]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    summary = json.loads((tmp_path / "experiments" / "gpu_run_summary.json").read_text())
+    status = summary["status"]
+    assert status.pop("gpu_vq_ema_k512").startswith("could not start: ")
+    assert status == {
+        "gpu_vq_ema_k256": "finished", "gpu_ba_vq_k256": "finished", "gpu_ba_vq_k512": "finished",
+        "gpu_vq_ema_k1024": "exit code 1", "gpu_ba_vq_k1024": "exit code 1",
+        "gpu_vq_ema_k256_cosine": "timeout after 2 s", "gpu_ba_vq_k256_cosine": "exit code -9"}
+    assert set(summary["runs"]) == {"gpu_vq_ema_k256", "gpu_ba_vq_k256", "gpu_ba_vq_k512"}
+    child = Path("/proc") / (tmp_path / "child").read_text() / "stat"
+    assert not child.exists() or child.read_text().split()[2] == "Z"  # killed with its parent
+
+
+def test_gpus_that_are_not_there_are_no_run_on_the_cpu():
+    _, runs = run_gpu_experiments.parse(["--gpus", "7", "--only", "ba_vq_k512"])
+    assert train.config_from(runs["gpu_ba_vq_k512"])[0].device == "cuda"
 
 
 def test_the_sweep_stops_cleanly(tmp_path):

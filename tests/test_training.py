@@ -147,18 +147,124 @@ def test_resume_flag_needs_a_run(tiny_config):
         vqvae.train(tiny_config(resume=True))
 
 
-def test_not_a_number_stops_with_the_step(tiny_config, monkeypatch):
-    real_step, calls = vqvae.train_step, [0]
+def test_a_run_that_began_while_this_one_read_its_images_is_seen(tiny_config, monkeypatch):
+    """The folder is looked at again under the lock: its checkpoints may be of another config by now."""
+    real_images = vqvae.training_images
+
+    def slow_images(config):
+        monkeypatch.setattr(vqvae, "training_images", real_images)
+        vqvae.train(tiny_config(lr=0.01))
+        return real_images(config)
+
+    monkeypatch.setattr(vqvae, "training_images", slow_images)
+    with pytest.raises(vqvae.UserError, match=r"another config \(lr 0.01 -> 0.003\)"):
+        vqvae.train(tiny_config())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where, cause", [("latents", "quantizer loss"), ("decoder", "reconstruction loss"),
+                                          ("weights", "weights")])
+def test_not_a_number_stops_with_the_step(tiny_config, monkeypatch, where, cause, value):
+    """In step 8, the third of the second epoch (or after the last of the second): named, and the checkpoint before is good."""
+    real_step, calls, step = vqvae.train_step, [0], 11 if where == "weights" else 8
 
     def poisoned(model, optimizer, x, dtype, quantize):
+        network = model.encoder if where == "latents" else model.decoder
         calls[0] += 1
-        return real_step(model, optimizer, x * float("nan") if calls[0] == 9 else x, dtype, quantize)
+        if calls[0] == step + 1 and where != "weights":
+            network[-1 if where == "latents" else -2].bias.data[0] = value
+        result = real_step(model, optimizer, x, dtype, quantize)
+        if calls[0] == step + 1 and where == "weights":
+            network[0].weight.data[0] = value
+        return result
 
     monkeypatch.setattr(vqvae, "train_step", poisoned)
-    with pytest.raises(vqvae.UserError, match=r"step 8: the reconstruction loss is not finite"):
-        vqvae.train(tiny_config())
+    with pytest.raises(vqvae.UserError, match=f"step {step}: the {cause}.*is not finite; try a lower --lr.*checkpoint is kept"):
+        vqvae.train(tiny_config(epochs=3))
     folder = vqvae.Path(tiny_config().out_dir) / "tiny"
     assert [path.name for path in vqvae.checkpoints(folder)] == ["checkpoint_epoch_0001.pt"]
+    model, _ = vqvae.load_model(folder / "checkpoint_epoch_0001.pt")
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if torch.is_tensor(tensor))
+    monkeypatch.setattr(vqvae, "train_step", real_step)
+    assert vqvae.train(tiny_config(epochs=3))["num_images"] == 40
+
+
+def test_ctrl_c_during_the_final_test_loses_nothing(tiny_config, monkeypatch):
+    whole = vqvae.train(tiny_config(name="whole"))
+    real_evaluate = vqvae.evaluate
+
+    def interrupted(*arguments, **options):
+        if "dtype" not in options:  # the final test, not the validation
+            os.kill(os.getpid(), signal.SIGINT)
+        return real_evaluate(*arguments, **options)
+
+    monkeypatch.setattr(vqvae, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vqvae.train(tiny_config())
+    monkeypatch.setattr(vqvae, "evaluate", real_evaluate)
+    metrics = vqvae.train(tiny_config())
+    assert {**metrics, "config": None} == {**whole, "config": None}
+
+
+def test_a_signal_in_the_last_step_is_heard(tiny_config, monkeypatch):
+    real_step, calls = vqvae.train_step, [0]
+
+    def interrupted_step(*arguments, **options):
+        calls[0] += 1
+        if calls[0] == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(*arguments, **options)
+
+    monkeypatch.setattr(vqvae, "train_step", interrupted_step)
+    with pytest.raises(vqvae.Interrupted, match="step 12 of 12"):
+        vqvae.train(tiny_config())
+    assert vqvae.train(tiny_config())["num_images"] == 40 and calls[0] == 12
+
+
+def test_the_seed_is_in_every_artefact(tiny_config, monkeypatch, capsys):
+    titles, real_picture = [], vqvae.usage_picture
+    monkeypatch.setattr(vqvae, "usage_picture", lambda h, title, path: (titles.append(title), real_picture(h, title, path)))
+    config = tiny_config(seed=77)
+    vqvae.train(config)
+    folder = vqvae.Path(config.out_dir) / "tiny"
+    assert "seed 77" in capsys.readouterr().out and "seed 77" in titles[0]
+    for name in ("config.yaml", "final_metrics.json"):
+        assert yaml.safe_load((folder / name).read_text())["seed"] == 77
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        assert all(json.loads(line)["seed"] == 77 for line in (folder / name).read_text().splitlines())
+    for path in folder.glob("*.pt"):
+        assert vqvae.read_checkpoint(path)["config"]["seed"] == 77
+
+
+def test_deterministic_kernels_are_asked_for_during_the_run_only(tiny_config, monkeypatch):
+    """What needs no CUDA device: the switches are set, every operation of a run has such a kernel, nothing stays set."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    real_step, seen = vqvae.train_step, []
+
+    def watched(*arguments, **options):
+        seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        return real_step(*arguments, **options)
+
+    monkeypatch.setattr(vqvae, "train_step", watched)
+    plain = vqvae.train(tiny_config(name="plain"))
+    assert set(seen) == {(False, None)}
+    seen.clear()
+    asked = vqvae.train(tiny_config(name="asked", deterministic=True))
+    assert set(seen) == {(True, ":4096:8")} and not torch.are_deterministic_algorithms_enabled()
+    assert {**plain, "config": None} == {**asked, "config": None}
+
+
+@pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
+def test_same_seed_same_bits_and_any_chunk_size_to_rounding(tiny_config, monkeypatch, quantizer):
+    states = []
+    for name, chunk in (("one", 1 << 18), ("two", 1 << 18), ("small", 16 * 7)):
+        monkeypatch.setitem(vqvae.CHUNK_ELEMENTS, "cpu", chunk)
+        config = tiny_config(name=name, quantizer=quantizer, epochs=1)
+        vqvae.train(config)
+        states.append(final_state(vqvae.Path(config.out_dir) / name))
+    assert same_weights(states[0], states[1])
+    for key, value in states[0].items():
+        assert not torch.is_tensor(value) or torch.allclose(value, states[2][key], atol=1e-3), key
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
