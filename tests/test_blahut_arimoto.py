@@ -100,3 +100,5 @@ def test_the_objective_never_rises(seed, beta):
         value = (point.rate * math.log(2) + beta * point.distortion).item()
         assert value <= last + 1e-12
         last, q = value, point.q
+    best = blahut_arimoto(distances, beta, tolerance=1e-6)
+    assert last - (best.rate * math.log(2) + beta * best.distortion).item() < 0.02  # nor does it stand still

@@ -76,7 +76,7 @@ def assert_same_run(one, other):
 
 def test_killed_at_random_moments(tiny, tmp_path):
     def run(name, crashes, longest):
-        words = flags_of(tiny(name=name, epochs=4 * CRASHES))
+        words = flags_of(tiny(name=name, epochs=4 * CRASHES, restart_threshold=0.9))  # random restarts in every step
         done = subprocess.run([sys.executable, "-c", SUPERVISOR.format(root=str(ROOT)), str(crashes), str(longest), *words],
                               capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stderr

@@ -392,6 +392,16 @@ def test_quantizers_survive_duplicate_codes(metric):
         assert all(torch.isfinite(b).all() for b in quantizer.buffers()) and out.indices.max() < 8
 
 
+def test_quantizers_survive_codes_without_mass():
+    for quantizer in [*both(), BAQuantizer(8, 4, entropy_weight=0.0), BAQuantizer(8, 4, entropy_weight=1.0)]:
+        quantizer.train()(torch.randn(40, 4))
+        quantizer.codebook[3:] = 1e6
+        quantizer.ema[3:] = 0
+        for _ in range(5):
+            out = quantizer(torch.randn(40, 4))
+        assert all(torch.isfinite(b).all() for b in quantizer.buffers()) and torch.isfinite(out.loss)
+
+
 def test_codes_recover_after_a_constant_first_batch():
     quantizer = BAQuantizer(16, 3).train()
     quantizer(torch.ones(64, 3))

@@ -68,8 +68,8 @@ def test_training_learns(tiny_config):
 
 @pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tiny_config, quantizer, monkeypatch):
-    whole, parts = tiny_config(quantizer=quantizer, name="whole", epochs=3), tiny_config(
-        quantizer=quantizer, name="parts", epochs=3)
+    whole, parts = (tiny_config(quantizer=quantizer, name=name, epochs=3, restart_threshold=0.9)  # random restarts in every step
+                    for name in ("whole", "parts"))
     vqvae.train(whole)
     real_step, calls = vqvae.train_step, [0]
 
