@@ -36,7 +36,7 @@ METHODS = {
     "vq_ema_decay0.8": ["--quantizer", "vq_ema", "--ema_decay", "0.8"],
     "vq_ema_whitened": ["--quantizer", "vq_ema", "--whitening", "1"],
     "ba_vq": ["--quantizer", "ba_vq", "--entropy_weight", "inf"],
-    **{f"ba_vq_lambda{w}": ["--quantizer", "ba_vq", "--entropy_weight", str(w)] for w in (1, 3, 10, 30, 100, 300)},
+    **{f"ba_vq_lambda{w}": ["--quantizer", "ba_vq", "--entropy_weight", str(w)] for w in (0, 1, 3, 10, 30, 100, 300)},
     "ba_vq_euclid": ["--quantizer", "ba_vq", "--entropy_weight", "inf", "--whitening", "0"],
     "ba_vq_euclid_lambda10": ["--quantizer", "ba_vq", "--entropy_weight", "10", "--whitening", "0"],
     # peers.py builds these; the flags are their settings of the loop. Those that learn their codes, or have none, start at once.
@@ -45,6 +45,7 @@ METHODS = {
 }
 RESULTS = ROOT / "results" / "compare"
 REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of this project only)
+COLOURS, MARKERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "s^Dv"  # every pair of them once in 20 methods
 REFERENCE = "vq_ema"  # differences are taken to this method, seed by seed
 
 
@@ -129,27 +130,35 @@ def summary():
 
 
 def rate_distortion_figure(path, dim=8, hidden=64, epochs=2):
-    """PNG: PSNR against the entropy of the indices, means over seeds; BA-VQ a curve over lambda, the others points."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    """PNG: PSNR against the entropy of the indices, means over seeds; BA-VQ a curve over lambda for each K, the others points."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.add_subplot()
-    colours = itertools.cycle(["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"])
+    looks = {}
     for (_, size, d, h, e), methods in sorted(load_results().items()):
         if (d, h, e) != (dim, hidden, epochs):
             continue
-        colour = next(colours)
-        points = {name: (statistics.mean(r["bits_per_index"] for r in runs.values()),
-                         statistics.mean(r["psnr"] for r in runs.values())) for name, runs in methods.items()}
-        curve = sorted(point for name, point in points.items() if name == "ba_vq" or name.startswith("ba_vq_lambda"))
-        if curve:
-            axes.plot(*zip(*curve), "o-", color=colour, label=f"BA-VQ over λ, K = {size}")
-        axes.axvline(math.log2(size), color=colour, linestyle=":", linewidth=1)
-        for name, (rate, quality) in points.items():
-            if (rate, quality) not in curve:
-                axes.plot(rate, quality, "s", color=colour, markersize=4)
-                axes.annotate(name, (rate, quality), fontsize=7, xytext=(4, -3), textcoords="offset points")
-    axes.set(xlabel="rate: entropy of the indices, bits (dotted: log2 K)", ylabel="PSNR on the test set, dB",
+        curve = []
+        for name, runs in sorted(methods.items()):
+            rate = statistics.mean(r["bits_per_index"] for r in runs.values())
+            quality = statistics.mean(r["psnr"] for r in runs.values())
+            if name == "ba_vq" or name.startswith("ba_vq_lambda"):
+                weight = "∞" if name == "ba_vq" else name.removeprefix("ba_vq_lambda")
+                curve.append((math.inf if weight == "∞" else float(weight), rate, quality, weight))
+                continue
+            looks.setdefault(name, dict(color=COLOURS[len(looks) % len(COLOURS)], marker=MARKERS[len(looks) % len(MARKERS)]))
+            axes.plot(rate, quality, linestyle="none", markersize=6, label=name, **looks[name])
+        curve.sort()
+        axes.plot([c[1] for c in curve], [c[2] for c in curve], "o-", color="#0072B2", zorder=3, label="BA-VQ over λ")
+        for _, rate, quality, weight in curve:
+            axes.annotate(f"λ={weight}", (rate, quality), fontsize=7, xytext=(-5, 4), textcoords="offset points", ha="right")
+        axes.axvline(math.log2(size), color="0.6", linestyle=":", linewidth=1)
+        axes.annotate(f"K={size}", (math.log2(size), 0.02), xycoords=("data", "axes fraction"), fontsize=8, rotation=90,
+                      ha="right")
+    axes.set(xlabel="rate: entropy of the indices in bits (dotted: log2 K)", ylabel="PSNR on the test set in dB",
              title=f"CIFAR-10, D = {dim}, hidden {hidden}, {epochs} epochs")
-    axes.legend()
+    axes.grid(alpha=0.3)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels())))  # one entry a name
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
     vqvae.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
