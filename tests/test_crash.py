@@ -40,7 +40,7 @@ def deadly(function, countdown, after):
     return call
 
 for attempt in range(crashes + 1):
-    countdown, after, pause = [seed.randint(1, 9)], seed.random() < 0.5, seed.uniform(0, longest)
+    countdown, after, pause = [seed.randint(1, 18)], seed.random() < 0.5, seed.uniform(0, longest)
     child = os.fork()
     if child == 0:
         if attempt % 2 and attempt < crashes:
@@ -85,7 +85,7 @@ def test_killed_at_random_moments(tiny, tmp_path):
     began = time.monotonic()
     whole, _ = run("whole", 0, 0)
     seconds = time.monotonic() - began
-    killed, output = run("killed", CRASHES, min(2.0, seconds / 4))
+    killed, output = run("killed", CRASHES, 2 * seconds / CRASHES)  # a slow machine is given longer to get on
     assert output.count("resuming") > CRASHES / 2
     assert_same_run(whole, killed)
 

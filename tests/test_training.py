@@ -473,8 +473,8 @@ def test_no_host_sync_in_a_training_step():
 
 @pytest.mark.parametrize("name", ["vq_ema_k128_s0", "ba_vq_k128_s0"])
 def test_a_checkpoint_of_format_version_1_stays_loadable(name):
-    """The committed sample runs were written before whitening existed."""
-    folder = ROOT / "results" / "sample" / name
+    """Small runs, written before whitening existed."""
+    folder = ROOT / "tests" / "format_1" / name
     assert torch.load(folder / "final_model.pt", weights_only=True)["format_version"] == 1
     model, config = vqvae.load_model(folder / "final_model.pt")
     stored = json.loads((folder / "final_metrics.json").read_text())
