@@ -164,14 +164,12 @@ def parse(argv):
     parser.add_argument("--mode", default="clean", choices=("clean", "legacy_pytorch"),
                         help="resizing to 299 pixels: clean (Pillow, antialiased bicubic) or legacy_pytorch (PyTorch, "
                              "bilinear); the network is the same")
-    parser.add_argument("--refine", type=int, default=0, metavar="N", help="passes through the decoder that correct the latents "
-                        "before their nearest codes are taken (default 0)")
+    parser.add_argument("--refine", type=train.count, default=0, metavar="N",
+                        help="passes through the decoder that improve the codes (default 0)")
     parser.add_argument("--no_fid", action="store_true", help="leave out r-FID and r-IS")
     options = parser.parse_args(argv)
     if options.batch_size < 1:
         raise vqvae.UserError(f"batch_size: {options.batch_size} must be at least 1")
-    if options.refine < 0:
-        raise vqvae.UserError(f"refine: {options.refine} must be at least 0")
     return options
 
 
@@ -188,8 +186,9 @@ def evaluate_checkpoint(path, options, device, inception, originals):
         raise vqvae.UserError(f"test_subset: r-IS needs at least 10 images, not {len(images)}; raise it or add --no_fid")
     print(f"{path}: {len(images)} test images of {config.dataset}", flush=True)
     size, refine = config.codebook_size, options.refine
+    histogram = torch.zeros(size, dtype=torch.int64, device=device)
     metrics = {"checkpoint": str(path), "dataset": config.dataset, "codebook_size": size, "refine": refine,
-               **vqvae.evaluate(model, images, size, options.batch_size, refine=refine)}
+               **vqvae.evaluate(model, images, size, options.batch_size, refine=refine, histogram=histogram)}
     if inception is not None:
         network, source = inception
         data = (config.dataset, config.data_dir, config.image_size, config.test_subset)
@@ -199,8 +198,7 @@ def evaluate_checkpoint(path, options, device, inception, originals):
     vqvae.write_json(path.parent / "eval_metrics.json", metrics)
     vqvae.reconstruction_picture(model, images[:16], f"{config.name}: PSNR {metrics['psnr']:.2f} dB on {len(images)} test images",
                                  path.parent / "reconstructions.png", refine)
-    vqvae.usage_picture(vqvae.code_histogram(model, images, size, refine=refine),
-                        f"{config.name}: perplexity {metrics['perplexity']:.0f} of {size}",
+    vqvae.usage_picture(histogram, f"{config.name}: perplexity {metrics['perplexity']:.0f} of {size}",
                         path.parent / "codebook_usage.png")
     return metrics
 

@@ -55,8 +55,6 @@ def save_npz(path, **arrays):
 
 
 def encode_command(options, model, config):
-    if options.refine < 0:
-        raise vqvae.UserError(f"refine: {options.refine} must be at least 0")
     if options.data_dir is not None:
         config = dataclasses.replace(config, data_dir=options.data_dir)
     train_split = {"train": 0, "val": 1}.get(options.split)
@@ -101,7 +99,7 @@ def parse(argv):
         command.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, mps, cuda or cuda:N")
         if name == "encode":
             command.add_argument("--split", default="test", choices=("train", "val", "test"), help="default test")
-            command.add_argument("--refine", type=int, default=0, metavar="N",
+            command.add_argument("--refine", type=train.count, default=0, metavar="N",
                                  help="passes through the decoder that improve the codes (default 0)")
             command.add_argument("--data_dir", metavar="DIR", help="where the data set is (default: as in training)")
         else:

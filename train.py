@@ -26,6 +26,13 @@ class Parser(argparse.ArgumentParser):
         raise vqvae.UserError(f"{message} (see --help)")
 
 
+def count(word):
+    """argparse type: an integer from 0 up."""
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} must be a whole number, 0 or more")
+    return int(word)
+
+
 def make_parser():
     """One flag per field of vqvae.Config; a flag that is not given stays out of the namespace."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,

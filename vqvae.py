@@ -120,7 +120,7 @@ class Config:
     restart_threshold: float = option(0.1, "codes below this fraction of the mean EMA count restart "
                                       "(not vq_ema classical, nor ba_vq with lambda <= 1)",
                                       low=0, high=1)
-    entropy_weight: float = option(math.inf, "ba_vq: lambda, from 0 (classical Blahut-Arimoto, collapses) "
+    entropy_weight: float = option(math.inf, "ba_vq: lambda, from 0 (classical Blahut-Arimoto, codes may die) "
                                    "to inf (balanced use)", low=0, high=math.inf)
     temperature_start: float = option(0.2, "ba_vq: first temperature, in units of the mean distortion", low=1e-6, high=1e6)
     temperature_end: float = option(0.02, "ba_vq: last temperature, in units of the mean distortion", low=1e-6, high=1e6)
@@ -728,7 +728,7 @@ class BAQuantizer(Quantizer):
     kept from batch to batch, q and the centroids are EMAs of the soft assignments. What the decoder
     sees is always the hard nearest code.
 
-    entropy_weight: lambda in [0, inf]: 0 collapses the codebook, 1 is soft k-means, inf holds q_k = 1/K.
+    entropy_weight: lambda in [0, inf]: 0 lets codes die, 1 is soft k-means, inf holds q_k = 1/K.
     temperature_start, temperature_end: tau in units of the mean distortion to the nearest code, falling
     geometrically over the first anneal_fraction of training (`set_progress`).
     ba_iters: Blahut-Arimoto steps per batch.  Dead codes restart only where lambda > 1.
@@ -814,27 +814,19 @@ class VQVAE(nn.Module):
         self.quantizer = quantizer
         self.decoder = decoder(hidden_dim, latent_dim, downsample)
 
-    def latents(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, S, S) -> encoder outputs (B, D, S/f, S/f). Raises ValueError on a wrong shape."""
+    def latents(self, x: torch.Tensor, refine: int = 0) -> torch.Tensor:
+        """Images (B, 3, S, S) -> encoder outputs (B, D, S/f, S/f), after `refine` passes of `refined`.
+
+        Raises ValueError on a wrong shape.
+        """
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % self.downsample or x.shape[3] % self.downsample:
             raise ValueError(f"expected images (B, 3, S, S), S divisible by {self.downsample}, got {tuple(x.shape)}")
-        return self.encoder(2 * x - 1)
-
-    def reconstruct(self, z_q: torch.Tensor) -> torch.Tensor:
-        """Codes (B, D, H, W) -> images (B, 3, S, S), not clamped."""
-        return (self.decoder(z_q) + 1) / 2
-
-    def forward(self, x: torch.Tensor, quantize: bool = True, refine: int = 0) -> Reconstruction:
-        """Images -> Reconstruction. quantize=False: the plain autoencoder (indices and loss are None); refine: as in `encode`."""
-        z = self.refined(x, refine) if refine else self.latents(x)
-        if not quantize:
-            return Reconstruction(self.reconstruct(z), None, None)
-        z_q, indices, loss = self.quantizer(z)
-        return Reconstruction(self.reconstruct(z_q), indices, loss)
+        z = self.encoder(2 * x - 1)
+        return self.refined(z, x, refine) if refine else z
 
     @torch.no_grad()
-    def refined(self, x, passes):
-        """Latents (B, D, H, W) of images x, moved towards where the decoder wants them, in `passes` passes through it.
+    def refined(self, z, x, passes):
+        """Latents z (B, D, H, W) of images x, moved towards where the decoder wants them, in `passes` passes through it.
 
         The distortion that counts is the image's, sum |decoder(e) - x|^2. To second order around the codes e in use, the best
         codes are those nearest to e - g / h, g its gradient and h its curvature (|g| / |e - z|, one for each image). A pass
@@ -842,8 +834,7 @@ class VQVAE(nn.Module):
         Not differentiable, and meant for eval mode: training with it makes the encoder lean on it, until perplexity and PSNR
         fall (results/LOG.md). Needs a quantizer of this module.
         """
-        latents = self.latents(x).float()
-        z = F.normalize(latents, dim=1) if self.quantizer.metric == "cosine" else latents
+        z = F.normalize(z.float(), dim=1) if self.quantizer.metric == "cosine" else z.float()
         rows, columns = (torch.arange(n, device=z.device) for n in z.shape[2:])
         parity = (rows[:, None] + columns) % 2  # (H, W)
         moved = z
@@ -858,9 +849,21 @@ class VQVAE(nn.Module):
             moved = torch.where(parity == i % 2, target, moved)
         return moved
 
+    def reconstruct(self, z_q: torch.Tensor) -> torch.Tensor:
+        """Codes (B, D, H, W) -> images (B, 3, S, S), not clamped."""
+        return (self.decoder(z_q) + 1) / 2
+
+    def forward(self, x: torch.Tensor, quantize: bool = True, refine: int = 0) -> Reconstruction:
+        """Images -> Reconstruction. quantize=False: the plain autoencoder (indices and loss are None); refine: as in `encode`."""
+        z = self.latents(x, refine)
+        if not quantize:
+            return Reconstruction(self.reconstruct(z), None, None)
+        z_q, indices, loss = self.quantizer(z)
+        return Reconstruction(self.reconstruct(z_q), indices, loss)
+
     def encode(self, x: torch.Tensor, refine: int = 0) -> torch.Tensor:
         """Images (B, 3, S, S) -> code indices (B, S/f, S/f); refine: passes of `refined`."""
-        return self.quantizer(self.refined(x, refine) if refine else self.latents(x))[1]
+        return self.quantizer(self.latents(x, refine))[1]
 
     def decode(self, indices):
         """Code indices (B, H, W) -> images (B, 3, S, S), clamped to [0, 1]."""
@@ -1122,36 +1125,36 @@ def codebook_metrics(histogram: torch.Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def code_histogram(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size: int = 500,
-                   refine: int = 0) -> torch.Tensor:
-    """How often each code is chosen over images uint8 (N, S, S, 3): (K,) int64. Eval mode, float32; refine: see `evaluate`."""
+def code_histogram(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size: int = 500) -> torch.Tensor:
+    """How often each code is the nearest over images uint8 (N, S, S, 3): (K,) int64. Eval mode, float32."""
     device = next(model.parameters()).device
     histogram = torch.zeros(codebook_size, dtype=torch.int64, device=device)
     with _eval_mode(model):
         for batch in images.split(batch_size):
-            indices = model.encode(to_float(batch.to(device)), refine).flatten()
+            indices = model.encode(to_float(batch.to(device))).flatten()
             histogram.scatter_add_(0, indices, torch.ones_like(indices))
     return histogram
 
 
 @torch.no_grad()
 def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size: int = 500,
-             dtype: torch.dtype = torch.float32, refine: int = 0) -> dict[str, float]:
+             dtype: torch.dtype = torch.float32, refine: int = 0, histogram: torch.Tensor | None = None) -> dict[str, float]:
     """Metrics of a model on images uint8 (N, S, S, 3), as a dict of floats; CODE_OVERVIEW.md has the glossary.
 
     Eval mode, hard indices, pooled over all images. dtype: autocast type of the networks. refine: passes of VQVAE.refined
-    before the nearest codes are taken; quantization_error and commitment_loss are then of the refined latents.
+    before the nearest codes are taken; quantization_error and commitment_loss are then of the refined latents. histogram:
+    zeros (K,) int64 in which to leave how often each code was chosen.
     """
     device = next(model.parameters()).device
     luma = torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)  # BT.601
-    histogram = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+    histogram = torch.zeros(codebook_size, dtype=torch.int64, device=device) if histogram is None else histogram
     rows = []  # per image: squared 8-bit error, squared luma error, ssim, float mse
     latent_rows = []  # per batch, weighted: quantizer loss, squared distance per vector
     with _eval_mode(model):
         for batch in tqdm(images.split(batch_size), desc="evaluating", leave=False, disable=None):
             x = to_float(batch.to(device))  # (B, 3, S, S)
             with _autocast(device, dtype):
-                z = model.refined(x, refine) if refine else model.latents(x)
+                z = model.latents(x, refine)
                 z_q, indices, loss = model.quantizer(z)
                 y = model.reconstruct(z_q).float()
             z = F.normalize(z.float(), dim=1) if getattr(model.quantizer, "metric", "") == "cosine" else z.float()
@@ -1726,8 +1729,8 @@ def report_epoch(config, folder, record, timing, wandb_run):
 def finish_run(config, folder, model, train_set, test_set):
     """Test the trained model once and write final_model.pt, the pictures and, last, final_metrics.json."""
     say(f"testing on {len(test_set)} images")
-    metrics = evaluate(model, test_set, config.codebook_size)
-    histogram = code_histogram(model, test_set, config.codebook_size)
+    histogram = torch.zeros(config.codebook_size, dtype=torch.int64, device=train_set.device)
+    metrics = evaluate(model, test_set, config.codebook_size, histogram=histogram)
     on_train = codebook_metrics(code_histogram(model, train_set, config.codebook_size))
     metrics.update({"usage_rate_train": on_train["usage_rate"], "perplexity_train": on_train["perplexity"]})
     metrics["perplexity_share"] = metrics["perplexity"] / config.codebook_size

@@ -130,36 +130,46 @@ def summary():
 
 
 def rate_distortion_figure(path, dim=8, hidden=64, epochs=2):
-    """PNG: PSNR against the entropy of the indices, means over seeds; BA-VQ a curve over lambda for each K, the others points."""
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    axes = figure.add_subplot()
-    looks = {}
+    """PNG: PSNR against the entropy of the indices, means over seeds; BA-VQ a curve over lambda for each K, the others points.
+
+    Left everything, right the neighbourhood of the longest curve.
+    """
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    both = figure.subplots(1, 2)
+    looks, curves = {}, []
     for (_, size, d, h, e), methods in sorted(load_results().items()):
         if (d, h, e) != (dim, hidden, epochs):
             continue
-        curve = []
+        curve = []  # (lambda, rate, quality)
         for name, runs in sorted(methods.items()):
             rate = statistics.mean(r["bits_per_index"] for r in runs.values())
             quality = statistics.mean(r["psnr"] for r in runs.values())
             if name == "ba_vq" or name.startswith("ba_vq_lambda"):
-                weight = "∞" if name == "ba_vq" else name.removeprefix("ba_vq_lambda")
-                curve.append((math.inf if weight == "∞" else float(weight), rate, quality, weight))
+                curve.append((float(next(iter(runs.values()))["config"]["entropy_weight"]), rate, quality))
                 continue
             looks.setdefault(name, dict(color=COLOURS[len(looks) % len(COLOURS)], marker=MARKERS[len(looks) % len(MARKERS)]))
-            axes.plot(rate, quality, linestyle="none", markersize=6, label=name, **looks[name])
-        curve.sort()
-        axes.plot([c[1] for c in curve], [c[2] for c in curve], "o-", color="#0072B2", zorder=3, label="BA-VQ over λ")
-        for _, rate, quality, weight in curve:
-            axes.annotate(f"λ={weight}", (rate, quality), fontsize=7, xytext=(-5, 4), textcoords="offset points", ha="right")
-        axes.axvline(math.log2(size), color="0.6", linestyle=":", linewidth=1)
-        axes.annotate(f"K={size}", (math.log2(size), 0.02), xycoords=("data", "axes fraction"), fontsize=8, rotation=90,
-                      ha="right")
-    axes.set(xlabel="rate: entropy of the indices in bits (dotted: log2 K)", ylabel="PSNR on the test set in dB",
-             title=f"CIFAR-10, D = {dim}, hidden {hidden}, {epochs} epochs")
-    axes.grid(alpha=0.3)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels())))  # one entry a name
+            for axes in both:
+                axes.plot(rate, quality, linestyle="none", markersize=6, label=name, **looks[name])
+        curves.append(sorted(curve))
+        for axes in both:
+            axes.plot(*[[point[i] for point in curves[-1]] for i in (1, 2)], "o-", color="#0072B2", zorder=3,
+                      label="BA-VQ over λ")
+            axes.axvline(math.log2(size), color="0.6", linestyle=":", linewidth=1)
+            axes.annotate(f"K={size}", (math.log2(size), 0.02), xycoords=("data", "axes fraction"), fontsize=8, rotation=90,
+                          ha="right", annotation_clip=True)
+    longest = max(curves, key=len, default=[])
+    for weight, rate, quality in longest:
+        both[1].annotate(f"λ={weight:g}".replace("inf", "∞"), (rate, quality), fontsize=8, xytext=(5, 5),
+                         textcoords="offset points")
+    if longest:
+        _, rates, qualities = zip(*longest)
+        both[1].set(xlim=(min(rates) - 0.15, max(rates) + 0.1), ylim=(min(qualities) - 0.2, max(qualities) + 0.1))
+    for axes, title in zip(both, (f"CIFAR-10, D = {dim}, hidden {hidden}, {epochs} epochs", "the same, along the longest curve")):
+        axes.set(xlabel="rate: entropy of the indices in bits (dotted: log2 K)", ylabel="PSNR on the test set in dB", title=title)
+        axes.grid(alpha=0.3)
+    handles = dict(zip(*reversed(both[0].get_legend_handles_labels())))  # one entry a name
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    vqvae.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    vqvae.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def parse(argv):

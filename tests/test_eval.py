@@ -192,15 +192,16 @@ def test_inception_is_downloaded_once_to_the_cache(stand_in, tmp_path, monkeypat
     assert eval_cifar.Inception(path, "clean", "cpu")
 
 
-def test_the_pictures_show_the_test_images(run_folder):
+@pytest.mark.parametrize("refine", [0, 3])
+def test_the_pictures_show_the_test_images(run_folder, refine):
     for name in ("reconstructions.png", "codebook_usage.png"):
         (run_folder / name).unlink()
-    assert eval_cifar.main(["--checkpoint", str(run_folder), "--no_fid"]) == 0
+    assert eval_cifar.main(["--checkpoint", str(run_folder), "--no_fid", "--refine", str(refine)]) == 0
     model, config = vqvae.load_model(run_folder / "final_model.pt")
     images = vqvae.test_images(config)[:16]  # 16 pixels a side, shown fourfold; 2 pixels between
     pixels = np.asarray(Image.open(run_folder / "reconstructions.png").convert("RGB"))
     bottom = pixels.shape[0] - 4 * (4 * 18 + 2)
-    y = vqvae.to_bytes(model(vqvae.to_float(images)).images).permute(0, 2, 3, 1).detach()
+    y = vqvae.to_bytes(model(vqvae.to_float(images), refine=refine).images).permute(0, 2, 3, 1).detach()
     for row, shown in ((0, images[:8]), (1, y[:8]), (2, images[8:]), (3, y[8:])):
         for column in range(8):
             top, left = bottom + 4 * (2 + 18 * row), 4 * (2 + 18 * column)

@@ -18,7 +18,7 @@ class Constant(torch.nn.Module):
         self.grey = torch.nn.Parameter(torch.tensor(float(grey)))
         self.quantizer = lambda z: (z, (z[:, 0] > 0.5).long(), torch.tensor(0.5))
 
-    def latents(self, x):
+    def latents(self, x, refine=0):
         return x[:, :, ::16, ::16]
 
     def reconstruct(self, z):

@@ -84,8 +84,8 @@ def test_refinement_by_hand(passes):
     x = torch.rand(3, 3, 16, 16)
     model(x)
     model.eval()
-    assert torch.allclose(model.refined(x, passes), refined_by_hand(model, x, passes), atol=1e-5)
-    assert torch.equal(model.encode(x, refine=passes), model.quantizer(model.refined(x, passes))[1])
+    assert torch.allclose(model.latents(x, passes), refined_by_hand(model, x, passes), atol=1e-5)
+    assert torch.equal(model.encode(x, refine=passes), model.quantizer(model.latents(x, passes))[1])
 
 
 def test_refinement_lowers_the_error_of_a_trained_model(tiny_config):
@@ -104,12 +104,12 @@ def test_refinement_changes_no_state_and_works_in_inference_mode(metric):
     model(x)
     model.eval()
     before = {key: value.clone() for key, value in model.state_dict().items() if torch.is_tensor(value)}
-    together = model.refined(x, 1)
+    together = model.latents(x, 1)
     assert not together.requires_grad and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[key], model.state_dict()[key]) for key in before)
     with torch.inference_mode():
-        again = model.refined(x, 1)
-    for same, other in ((together, again), (together[1:2], model.refined(x[1:2], 1))):  # whatever the batch
+        again = model.latents(x, 1)
+    for same, other in ((together, again), (together[1:2], model.latents(x[1:2], 1))):  # whatever the batch
         assert ((same - other).abs() < 1e-4).float().mean() > 0.98  # a code may flip on a tie
 
 
