@@ -1,9 +1,9 @@
 """Tables and pictures of finished runs; what analyze.ipynb and the sweep show.
 
-    python analysis.py experiments/quick_vq_ema experiments/quick_ba_vq     # tables, summary.png and usage.png
+    python analysis.py experiments/quick_vq_ema experiments/quick_ba_vq     # tables and pictures
     python analysis.py experiments/* --sort_by psnr                         # or codebook_size, perplexity, seed, ...
 
-The pictures go beside the first run folder.
+The pictures go beside the first run folder: summary.png (PSNR and use over K), training.png (over epochs), usage.png (each code).
 """
 
 import argparse
@@ -469,12 +469,13 @@ def main(argv=None):
         print(f"\n{over_seeds(records)}")
     out_dir = folders[0].parent
     save_figure(size_picture(records), out_dir / "summary.png")
+    save_figure(training_curves(one_seed(folders)[:8]), out_dir / "training.png")
     histograms = []
     for folder in folders:
         model, config, images = open_run(folder)
         histograms.append(vqvae.code_histogram(model, images, config.codebook_size))
     save_figure(usage_histograms(records, histograms), out_dir / "usage.png")
-    print(f"pictures: {out_dir / 'summary.png'}, {out_dir / 'usage.png'}; "
+    print(f"pictures in {out_dir}: summary.png, training.png (one seed, eight runs at most), usage.png; "
           "reconstructions.png and codebook_usage.png in each run folder")
 
 

@@ -249,7 +249,7 @@ def test_comparison_table(tiny_config, capsys):
     assert "VQ-EMA tuned" in out and "BA-VQ λ=" in out and "ba_vq - vq_ema" in out
     records = analysis.load_runs(analysis.find_runs(folder))
     assert [r["name"] for r in records] == ["ba_vq", "vq_ema"]
-    assert (folder / "summary.png").exists()
+    assert all((folder / f"{name}.png").stat().st_size > 5000 for name in ("summary", "training", "usage"))
 
 
 @pytest.mark.parametrize("words", [[], ["nowhere"], ["--sort_by"]])
