@@ -105,7 +105,7 @@ BAD_FLAGS = [
     "--train_subset 0", "--train_subset -3", "--train_subset 10001 --dataset dead_leaves --val_size 9",
     "--test_subset 0", "--test_subset 2001 --dataset dead_leaves --val_size 9", "--name ../escape", "--name a/b",
     "--name .hidden", "--name ''", "--name /etc/passwd", "--name ..", "--config nowhere.yaml", "--config .", "--confg x",
-    "--quantiser ba_vq",
+    "--quantiser ba_vq", "--whitening 2", "--whitening 1 --metric cosine",
     "--resume", "--resume --overwrite", "--dataset folder --data_dir nowhere", "--epochs 3 4", "extra", "--wandb=yes",
     "--out_dir ''", "--data_dir ''", "--deterministic=1", "--extra\nline", "--dataset folder --data_dir a\nb",
     "--dataset folder --data_dir " + "d" * 300, "--out_dir " + "o" * 300, "--config " + "c" * 300, "--name " + "n" * 200,
@@ -351,6 +351,32 @@ def test_ctrl_c_and_a_second_run_of_that_name(tiny, tiny_config, tmp_path):
     assert time.time() - began < 30
     assert any("step" in path.name or "epoch" in path.name
                for path in vqvae.checkpoints(tmp_path / "experiments" / "tiny"))
+
+
+def test_ctrl_c_outside_training_is_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert vqvae.run_command(interrupted) == 130 and capsys.readouterr().err == "stopped\n"
+
+
+def test_an_apple_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(vqvae.UserError, match="mps.*--device cpu"):
+        vqvae.pick_device("mps")
+
+
+@pytest.mark.parametrize("changes, setting", [({}, "batch_size"), ({"batch_size": 15, "train_subset": 2}, "train_subset")])
+def test_too_little_for_every_process_is_refused(tiny_config, monkeypatch, changes, setting):
+    monkeypatch.setattr(vqvae, "world_size", lambda: 3)
+    with pytest.raises(vqvae.UserError, match=f"{setting}.*3 processes"):
+        vqvae.train(tiny_config(**changes))
+
+
+def test_wandb_that_is_not_installed(tiny_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
+    with pytest.raises(vqvae.UserError, match="pip install wandb"):
+        vqvae.train(tiny_config(wandb=True))
 
 
 def test_one_gpu_for_every_process_is_refused(monkeypatch):

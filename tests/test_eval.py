@@ -247,6 +247,19 @@ def test_bad_words_give_one_line(words, tmp_path, monkeypatch, capsys):
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_checkpoints_that_share_a_folder_are_refused(tmp_path):
+    paths = [tmp_path / "final_model.pt", tmp_path / "checkpoint_epoch_0001.pt"]
+    with pytest.raises(vqvae.UserError, match="share a folder"):
+        eval_cifar.find_checkpoints(paths)
+
+
+def test_too_few_images_for_inception_metrics(run_folder, stand_in, capsys):
+    words = ["--checkpoint", str(run_folder), "--inception", str(stand_in), "--test_subset", "9"]
+    assert vqvae.run_command(partial(eval_cifar.main, words)) == 2
+    err = capsys.readouterr().err
+    assert "at least 10 images" in err and "--no_fid" in err and not (run_folder / "eval_metrics.json").exists()
+
+
 def test_a_bad_inception_file_is_named(run_folder, tmp_path, capsys):
     (tmp_path / "bad.pt").write_bytes(b"no network")
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "foreign.pt")

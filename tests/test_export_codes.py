@@ -38,6 +38,14 @@ def test_other_splits(checkpoint, tmp_path, split, count):
     assert len(np.load(tmp_path / "c.npz")["indices"]) == count
 
 
+def test_an_empty_split_is_named(tiny_config, tmp_path, capsys):
+    config = tiny_config(epochs=1, val_size=0)
+    vqvae.train(config)
+    model = vqvae.Path(config.out_dir) / config.name / "final_model.pt"
+    assert run("encode", "--checkpoint", model, "--output", tmp_path / "c.npz", "--split", "val") == 2
+    assert "the val split of this run is empty" in capsys.readouterr().err and not (tmp_path / "c.npz").exists()
+
+
 def test_refined_codes_reconstruct_better(checkpoint, tmp_path, capsys):
     model, config = vqvae.load_model(checkpoint)
     x, errors = vqvae.test_images(config), []

@@ -102,6 +102,14 @@ def test_the_sweep_runs_skips_what_is_done_and_summarises(script, tmp_path):
     assert shown.returncode == 0 and shown.stdout.count("PSNR: ") == 2 and "Usage: " in shown.stdout
 
 
+def test_a_sweep_without_a_place_to_write(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    words = ["--only", "k256_cosine", "--out_dir", str(tmp_path / "file")]
+    assert vqvae.run_command(lambda: run_gpu_experiments.main(words)) == 2
+    err = capsys.readouterr().err
+    assert "choose another --out_dir" in err and err.count("\n") == 1
+
+
 def test_a_failing_run_does_not_stop_the_others_and_only_it_is_repeated(script, tmp_path):
     words = ["--only", "k256_cosine", "--epochs", "1", *SMALL]
     folder = tmp_path / "experiments"
