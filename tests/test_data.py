@@ -201,6 +201,12 @@ def test_a_failing_download_leaves_nothing(server, tmp_path, monkeypatch, path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_download_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(vqvae.UserError, match="cannot write the download here"):
+        vqvae.download(["http://127.0.0.1:9/x"], tmp_path / "file" / "x")
+
+
 def test_only_https_leaves_this_machine(tmp_path):
     for url in ("http://example.org/x", "ftp://example.org/x", "file:///etc/passwd"):
         with pytest.raises(UserError, match="only https"):
