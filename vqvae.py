@@ -911,7 +911,8 @@ def download(urls: list[str], path: str | Path, md5: str | None = None) -> None:
     except OSError as error:
         raise UserError(f"{path.parent}: cannot write the download here: {error.strerror}") from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
     raise UserError(f"could not download {path.name} ({'; '.join(failures)}); put the file there by hand: {path}")
 
 
