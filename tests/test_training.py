@@ -201,6 +201,7 @@ def test_ctrl_c_during_the_final_test_loses_nothing(tiny_config, monkeypatch):
         return real_evaluate(*arguments, **options)
 
     monkeypatch.setattr(vqvae, "evaluate", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     with pytest.raises(KeyboardInterrupt):
         vqvae.train(tiny_config())
     monkeypatch.setattr(vqvae, "evaluate", real_evaluate)
