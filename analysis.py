@@ -42,8 +42,7 @@ def load_runs(folders):
         path = folder / "final_metrics.json"
         try:
             record = json.loads(path.read_text())
-            record["config"].setdefault("whitening", 0.0)  # runs from before it existed
-            config = vqvae.Config.from_dict(record["config"])
+            config = vqvae.stored_config(record["config"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise vqvae.UserError(f"{path}: no finished run here ({error})") from error
         records.append({"name": folder.name, "method": method(config), **record})
@@ -71,7 +70,7 @@ def method(config):
 
 def identity(record):
     """vqvae.identity of a record's config."""
-    return vqvae.identity(vqvae.Config.from_dict(record["config"]))
+    return vqvae.identity(vqvae.stored_config(record["config"]))
 
 
 def _key(record, *without):
@@ -395,7 +394,7 @@ def codes_and_latents(records, models, images):
 def cell_radii(model, images):
     """Root mean squared distance from each code in use to its latents, (codes in use,)."""
     z, codebook = latents_of(model, images), model.quantizer.codebook
-    indices = vqvae.nearest_code(z, codebook)
+    indices = vqvae.nearest_code(z, codebook, model.quantizer.mahalanobis)
     squared = (z - codebook[indices]).square().sum(1)
     sums = torch.zeros(len(codebook)).index_add_(0, indices, squared)
     counts = torch.bincount(indices, minlength=len(codebook))
@@ -457,6 +456,9 @@ def main(argv=None):
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="finished runs; others are skipped")
     parser.add_argument("--sort_by", default="name", metavar="KEY", help="metric or setting that orders the table (default name)")
     options = parser.parse_args(argv)
+    missing = [str(path) for path in options.folders if not path.exists()]
+    if missing:
+        raise vqvae.UserError(f"no such folder: {', '.join(missing)}")
     unfinished = [path.name for path in options.folders if path.is_dir() and not (path / "final_metrics.json").exists()]
     folders = [path for path in options.folders if (path / "final_metrics.json").exists()]
     if unfinished:

@@ -129,14 +129,14 @@ def inception_metrics(model, images, originals, inception, batch_size, refine=0)
     device = next(model.parameters()).device
     features, probabilities = [], []
     for batch in tqdm(images.split(batch_size), desc="inception, reconstructions", disable=None):
-        with torch.no_grad():
+        with torch.no_grad(), vqvae.eval_mode(model):
             y = vqvae.to_bytes(model(vqvae.to_float(batch.to(device)), refine=refine).images).permute(0, 2, 3, 1)
         f, p = inception(y)
         features.append(f)
         probabilities.append(p)
     mean, deviation = inception_score(torch.cat(probabilities))
     return {"rfid": frechet_distance(originals, torch.cat(features)),
-            "ris": mean, "ris_std": deviation, "inception_images": len(images)}
+            "ris": mean, "ris_std": deviation}
 
 
 def find_checkpoints(words):

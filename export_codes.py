@@ -29,7 +29,8 @@ def encode(model, images, batch_size=500, refine=0):
     """Images uint8 (N, S, S, 3) -> code indices int64 (N, S/f, S/f) on the CPU; refine: passes of VQVAE.refined."""
     device = next(model.parameters()).device
     batches = tqdm(images.split(batch_size), desc="encoding", disable=None)
-    return torch.cat([model.encode(vqvae.to_float(batch.to(device)), refine).cpu() for batch in batches])
+    with vqvae.eval_mode(model):
+        return torch.cat([model.encode(vqvae.to_float(batch.to(device)), refine).cpu() for batch in batches])
 
 
 @torch.no_grad()
@@ -37,7 +38,8 @@ def decode(model, indices, batch_size=500):
     """Code indices int64 (N, H, W) -> images uint8 (N, S, S, 3) on the CPU."""
     device = next(model.parameters()).device
     batches = tqdm(indices.split(batch_size), desc="decoding", disable=None)
-    return torch.cat([vqvae.to_bytes(model.decode(batch.to(device))).permute(0, 2, 3, 1).cpu() for batch in batches])
+    with vqvae.eval_mode(model):
+        return torch.cat([vqvae.to_bytes(model.decode(batch.to(device))).permute(0, 2, 3, 1).cpu() for batch in batches])
 
 
 def bits_per_pixel(indices, codebook_size, pixels):

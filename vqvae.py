@@ -89,7 +89,7 @@ class Config:
     """Every setting of a run, validated on construction. Raises UserError.
 
     `train.py` makes one flag of each field; a YAML file uses the same names. Fields that are None
-    for "by recipe" are replaced by numbers here, so a stored config is always explicit.
+    for "by recipe" are replaced by numbers here, so a stored config says what the recipe was.
     """
 
     # data
@@ -114,7 +114,8 @@ class Config:
     whitening: Optional[float] = option(None, "weight, at the start, of the whitened distance against the Euclidean one, "
                                         "which replaces it over anneal_fraction (default: ba_vq euclid 1, else 0)",
                                         low=0, high=1)
-    anneal_fraction: float = option(0.5, "fraction of training over which whitening and temperature fall", low=0, high=1)
+    anneal_fraction: float = option(0.5, "fraction of training after the warm-up over which whitening and temperature fall",
+                                    low=0, high=1)
     vq_recipe: str = option("tuned", "vq_ema: 'classical' (uniform start, decay 0.8) or 'tuned' "
                             "(data start, dead codes restarted)", choices=("classical", "tuned"))
     restart_threshold: float = option(0.1, "codes below this fraction of the mean EMA count restart "
@@ -1130,7 +1131,7 @@ def code_histogram(model: VQVAE, images: torch.Tensor, codebook_size: int, batch
     """How often each code is the nearest over images uint8 (N, S, S, 3): (K,) int64. Eval mode, float32."""
     device = next(model.parameters()).device
     histogram = torch.zeros(codebook_size, dtype=torch.int64, device=device)
-    with _eval_mode(model):
+    with eval_mode(model):
         for batch in images.split(batch_size):
             indices = model.encode(to_float(batch.to(device))).flatten()
             histogram.scatter_add_(0, indices, torch.ones_like(indices))
@@ -1151,7 +1152,7 @@ def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size:
     histogram = torch.zeros(codebook_size, dtype=torch.int64, device=device) if histogram is None else histogram
     rows = []  # per image: squared 8-bit error, squared luma error, ssim, float mse
     latent_rows = []  # per batch, weighted: quantizer loss, squared distance per vector
-    with _eval_mode(model):
+    with eval_mode(model):
         for batch in tqdm(images.split(batch_size), desc="evaluating", leave=False, disable=None):
             x = to_float(batch.to(device))  # (B, 3, S, S)
             with _autocast(device, dtype):
@@ -1187,7 +1188,7 @@ def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size:
 
 
 @contextlib.contextmanager
-def _eval_mode(model):
+def eval_mode(model):
     """Eval mode and true float32 convolutions (TF32 would move indices and SSIM)."""
     was_training = model.training
     model.eval()
@@ -1235,7 +1236,7 @@ def _writing(path):
         yield
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise UserError(f"{path}: cannot write ({error}); free space or fix permissions, "
-                        "then run the same command again to resume") from error
+                        "then run the same command again") from error
 
 
 def write_json(path, values):
@@ -1256,13 +1257,11 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: not a checkpoint of this project, or damaged ({reason})") from error
     if not isinstance(state, dict) or not {"format_version", "config", "model"} <= set(state):
         raise UserError(f"{path}: not a checkpoint of this project (keys missing)")
-    if state["format_version"] == 1 and isinstance(state["config"], dict):
-        state["config"].setdefault("whitening", 0.0)
-    elif state["format_version"] != FORMAT_VERSION:
+    if state["format_version"] not in range(1, FORMAT_VERSION + 1):
         raise UserError(f"{path}: format version {state['format_version']}, this code reads 1 to {FORMAT_VERSION}; "
                         "use the version of vqvae.py that wrote it")
     try:
-        Config.from_dict(state["config"])
+        stored_config(state["config"])
     except (UserError, TypeError) as error:
         raise UserError(f"{path}: its config is not valid here ({error})") from error
     return state
@@ -1280,7 +1279,7 @@ def load_state(model, state, path):
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQVAE, Config]:
     """(VQVAE in eval mode, Config) from a final_model.pt or a checkpoint. Raises UserError."""
     state = read_checkpoint(path)
-    config = Config.from_dict(state["config"])
+    config = stored_config(state["config"])
     model = make_model(config)
     load_state(model, state, path)
     return model.to(device).eval(), config
@@ -1296,6 +1295,11 @@ def checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints in a run folder, oldest first."""
     found = [path for path in Path(folder).glob("checkpoint_epoch_*.pt") if CHECKPOINT_NAME.fullmatch(path.name)]
     return sorted(found, key=_checkpoint_key)
+
+
+def stored_config(values: dict) -> Config:
+    """The Config of a run of any version: a setting that did not exist yet is off. Raises UserError, or TypeError for no dict."""
+    return Config.from_dict({"whitening": 0.0, **values})
 
 
 def identity(config: Config) -> dict:
@@ -1325,7 +1329,7 @@ def check_run_folder(config):
             raise UserError(f"{folder}: no run to resume; drop --resume to start one")
         return folder
     if not config.overwrite:
-        old, new = identity(Config.from_dict(read_yaml(stored))), identity(config)
+        old, new = identity(stored_config(read_yaml(stored))), identity(config)
         changes = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
         if changes:
             raise UserError(f"{folder}: holds a run of another config ({', '.join(changes)}); "
@@ -1387,7 +1391,7 @@ def save_checkpoint(folder, position, model, optimizer, config, step, losses, hi
 def reconstruction_picture(model, images, title, path, refine=0):
     """PNG: originals uint8 (N, S, S, 3) in the upper row of each pair, reconstructions below."""
     device = next(model.parameters()).device
-    with torch.no_grad(), _eval_mode(model):
+    with torch.no_grad(), eval_mode(model):
         x = to_float(images.to(device))
         y = to_bytes(model(x, refine=refine).images).cpu()
     originals = images.permute(0, 3, 1, 2).cpu()  # (N, 3, S, S)
@@ -1560,7 +1564,7 @@ def on_first_process(function, *arguments):
 
 
 def train(config: Config, quantizer: nn.Module | None = None) -> dict:
-    """Train, evaluate and store one run; returns its metrics (the content of final_metrics.json).
+    """Train, evaluate and store one run; returns its metrics (the content of final_metrics.json), on the first process.
 
     config: Config.  quantizer: a module to use in place of the one that config describes (peers).
     Everything goes to out_dir/name. An unfinished run of the same config is continued from its newest

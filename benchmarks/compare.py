@@ -10,6 +10,7 @@ after an interruption. The methods are the rows of METHODS.
 
 import argparse
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import math
@@ -33,13 +34,12 @@ import vqvae  # noqa: E402
 METHODS = {
     "vq_ema_classical": ["--quantizer", "vq_ema", "--vq_recipe", "classical"],
     "vq_ema": ["--quantizer", "vq_ema"],
-    "vq_ema_decay0.8": ["--quantizer", "vq_ema", "--ema_decay", "0.8"],
     "vq_ema_whitened": ["--quantizer", "vq_ema", "--whitening", "1"],
     "ba_vq": ["--quantizer", "ba_vq", "--entropy_weight", "inf"],
     **{f"ba_vq_lambda{w}": ["--quantizer", "ba_vq", "--entropy_weight", str(w)] for w in (0, 1, 3, 10, 30, 100, 300)},
     "ba_vq_euclid": ["--quantizer", "ba_vq", "--entropy_weight", "inf", "--whitening", "0"],
     "ba_vq_euclid_lambda10": ["--quantizer", "ba_vq", "--entropy_weight", "10", "--whitening", "0"],
-    # peers.py builds these; the flags are their settings of the loop. Those that learn their codes, or have none, start at once.
+    # peers.py builds these; the flags are their settings of the loop. The last four are without warm-up (LOG.md).
     **{name: ["--quantizer", "vq_ema"] for name in peers.PEERS},
     **{name: ["--quantizer", "vq_ema", "--warmup_fraction", "0"] for name in ("lib_simvq", "lib_fsq", "lib_lfq", "sq_vae")},
 }
@@ -53,21 +53,26 @@ def run_name(method, size, dim, seed, config):
     return f"{method}_k{size}_d{dim}_h{config.hidden_dim}_e{config.epochs}_s{seed}"
 
 
+def cell(method, size, dim, seed, extra):
+    """(Config, peer quantizer or None) of one cell of the grid. Raises UserError."""
+    flags = [*METHODS[method], "--codebook_size", str(size), "--latent_dim", str(dim), "--seed", str(seed), *extra]
+    config, _ = train.config_from(flags)
+    torch.manual_seed(seed)
+    quantizer = peers.PEERS[method](config) if method in peers.PEERS else None
+    return dataclasses.replace(config, name=run_name(method, size, dim, seed, config)), quantizer
+
+
 def run(method, size, dim, seed, extra, threads):
     """Train one cell of the grid and write its JSON; returns a line about it."""
     torch.set_num_threads(threads)
-    flags = [*METHODS[method], "--codebook_size", str(size), "--latent_dim", str(dim), "--seed", str(seed), *extra]
-    config, _ = train.config_from(flags)
-    name = run_name(method, size, dim, seed, config)
+    config, quantizer = cell(method, size, dim, seed, extra)
+    name = config.name
     target = RESULTS / f"{name}.json"
-    config = vqvae.dataclasses.replace(config, name=name)
     if target.exists():
         stored = vqvae.Config.from_dict(json.loads(target.read_text())["config"])
         if vqvae.identity(stored) != vqvae.identity(config):
             raise vqvae.UserError(f"{target}: holds a run of other settings; move results/compare/ away first")
         return f"{name}: done before"
-    torch.manual_seed(seed)
-    quantizer = peers.PEERS[method](config) if method in peers.PEERS else None
     metrics = vqvae.train(config, quantizer)
     if quantizer is None:
         model, _ = vqvae.load_model(Path(config.out_dir) / name / "final_model.pt", vqvae.pick_device(config.device)[0])
@@ -93,11 +98,8 @@ def load_results():
 
 def spread(values, form):
     """mean +- standard deviation of a few values, as text."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return form.format(mean)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return f"{form.format(mean)} ± {form.format(deviation)}"
+    mean = form.format(statistics.mean(values))
+    return mean if len(values) < 2 else f"{mean} ± {form.replace('+', '').format(statistics.stdev(values))}"
 
 
 def summary():
@@ -111,7 +113,7 @@ def summary():
         lines += [f"## {dataset}, K={size}, D={dim}, hidden {hidden}, {epochs} epochs", "",
                   "| method | seeds | PSNR dB | perplexity | perplexity/K | usage | ΔPSNR dB | p | refined PSNR dB |",
                   "|---|---|---|---|---|---|---|---|---|"]
-        for method, runs in sorted(methods.items(), key=lambda item: -max(r["psnr"] for r in item[1].values())):
+        for method, runs in sorted(methods.items(), key=lambda item: -statistics.mean(r["psnr"] for r in item[1].values())):
             records = list(runs.values())
             paired = sorted(set(runs) & set(methods.get(REFERENCE, {})))
             deltas = [runs[seed]["psnr"] - methods[REFERENCE][seed]["psnr"] for seed in paired]
@@ -124,7 +126,8 @@ def summary():
                 f"{sum(r['usage_rate'] for r in records) / len(records):.1%}",
                 spread(deltas, "{:+.3f}") if deltas and method != REFERENCE else "",
                 f"{test:.3f}" if test is not None else "",
-                spread(refined, "{:.2f}") + " |" if refined else " |"]))
+                spread(refined, "{:.2f}") + (f" ({len(refined)} seeds)" if len(refined) < len(records) else "") + " |"
+                if refined else " |"]))
         lines.append("")
     return "\n".join(lines)
 
@@ -137,8 +140,8 @@ def rate_distortion_figure(path, dim=8, hidden=64, epochs=2):
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     both = figure.subplots(1, 2)
     looks, curves = {}, []
-    for (_, size, d, h, e), methods in sorted(load_results().items()):
-        if (d, h, e) != (dim, hidden, epochs):
+    for (dataset, size, d, h, e), methods in sorted(load_results().items()):
+        if (dataset, d, h, e) != ("cifar10", dim, hidden, epochs):
             continue
         curve = []  # (lambda, rate, quality)
         for name, runs in sorted(methods.items()):
@@ -180,13 +183,18 @@ def parse(argv):
     parser.add_argument("--latent_dims", default="8", metavar="D,D", help="default 8")
     parser.add_argument("--seeds", default="0,1,2", metavar="S,S", help="default 0,1,2")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default 1)")
-    parser.add_argument("--summary", action="store_true", help="only write results/summary.md")
+    parser.add_argument("--summary", action="store_true", help="only write results/summary.md and results/rate_distortion.png")
     options, extra = parser.parse_known_args(argv)
     try:
         grid = [options.methods.split(","), *([int(word) for word in text.split(",")] for text in
                                               (options.codebook_sizes, options.latent_dims, options.seeds))]
     except ValueError as error:
         raise vqvae.UserError(f"codebook_sizes, latent_dims, seeds: expected numbers with commas between ({error})") from error
+    fixed = {"--quantizer", "--codebook_size", "--latent_dim", "--seed", "--name"} & {word.split("=")[0] for word in extra}
+    if fixed:
+        raise vqvae.UserError(f"{min(fixed)}: set by the grid; use --methods, --codebook_sizes, --latent_dims, --seeds")
+    if options.jobs < 1:
+        raise vqvae.UserError(f"jobs: {options.jobs} must be at least 1")
     unknown = [method for method in grid[0] if method not in METHODS]
     if unknown:
         raise vqvae.UserError(f"methods: {unknown[0]!r} is none of {names}")
@@ -195,14 +203,17 @@ def parse(argv):
 
 def main(argv=None):
     options, cells, extra = parse(argv)
-    RESULTS.mkdir(parents=True, exist_ok=True)
     if not options.summary:
         extra = ["--out_dir", "experiments/compare", "--no_wandb", *extra]
-        train.config_from(extra)  # flags are checked before any run
+        for s, d, seed, m in cells:
+            cell(m, s, d, seed, extra)  # everything is checked before any run
+        RESULTS.mkdir(parents=True, exist_ok=True)
         threads = max(1, (os.cpu_count() or 1) // options.jobs)
         with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
             futures = [pool.submit(run, m, s, d, seed, extra, threads) for s, d, seed, m in cells]
             for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                if future.exception():
+                    pool.shutdown(cancel_futures=True)
                 print(f"[{done}/{len(cells)}] {future.result()}", flush=True)
     vqvae.atomic_write(ROOT / "results" / "summary.md", lambda file: file.write(summary().encode()))
     rate_distortion_figure(ROOT / "results" / "rate_distortion.png")

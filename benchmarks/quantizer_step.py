@@ -12,6 +12,8 @@ Results go to results/speed/quantizer_{step,memory}[_fused]_DEVICE.json, and a t
 
 import argparse
 import importlib.util
+import itertools
+import json
 import os
 import resource
 import statistics
@@ -167,6 +169,14 @@ def memory_table(records):
     return table(["K", "D", "N", "extra MiB", "N·D + K·D MiB"], rows)
 
 
+def check_fused(device):
+    """Raises UserError where the fused E-step cannot run."""
+    if importlib.util.find_spec("triton") is None:
+        raise vqvae.UserError("fused: needs triton, which comes with CUDA builds of torch")
+    if device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
+        raise vqvae.UserError("fused: needs a CUDA device; TRITON_INTERPRET=1 rehearses it elsewhere, very slowly")
+
+
 def parse(argv):
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--codebook_sizes", default="512,1024,4096,16384,65536", metavar="K,K")
@@ -185,18 +195,18 @@ def parse(argv):
         raise vqvae.UserError(f"codebook_sizes, latent_dims, vectors: expected numbers with commas between ({error})") from error
     if any(n < 64 or n % 64 for n in sizes[2]) or options.rounds < 1:
         raise vqvae.UserError("vectors must be multiples of 64, rounds at least 1")
+    for k, d in itertools.product(*sizes[:2]):
+        vqvae.Config(codebook_size=k, latent_dim=d)  # in range, or UserError
     return options, [(k, d, n) for n in sizes[2] for d in sizes[1] for k in sizes[0]]
 
 
 def main(argv=None):
     options, sizes = parse(argv)
     device, _ = vqvae.pick_device(options.device)
-    if options.fused and importlib.util.find_spec("triton") is None:
-        raise vqvae.UserError("fused: needs triton, which comes with CUDA builds of torch")
-    if options.fused and device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
-        raise vqvae.UserError("fused: needs a CUDA device; TRITON_INTERPRET=1 rehearses it elsewhere, very slowly")
+    if options.fused:
+        check_fused(device)
     if options.one_size:
-        print(vqvae.json.dumps(measure_memory("ba_vq_fused" if options.fused else "ba_vq", *sizes[0], device)))
+        print(json.dumps(measure_memory("ba_vq_fused" if options.fused else "ba_vq", *sizes[0], device)))
         return
     methods = WITH_FUSED if options.fused else METHODS
     records = []
@@ -206,7 +216,7 @@ def main(argv=None):
             words = ["--memory", "--one_size", "--codebook_sizes", str(k), "--latent_dims", str(d), "--vectors", str(n),
                      "--device", str(device), *(["--fused"] if options.fused else [])]
             done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
-            records.append(vqvae.json.loads(done.stdout))
+            records.append(json.loads(done.stdout))
         else:
             records.append(measure_time(methods, k, d, n, options.rounds, device, rates))
         print(f"K={k} D={d} N={n} done", file=sys.stderr, flush=True)

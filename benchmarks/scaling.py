@@ -175,6 +175,8 @@ def main(argv=None):
     if options.point:
         vqvae.say(json.dumps(measure_point(options.point, device)))
         return
+    if "ba_vq_fused" in options.methods and not options.summary:
+        quantizer_step.check_fused(device)
     if not options.summary:
         torch.set_num_threads(os.cpu_count())
         plan = points(options)

@@ -4,7 +4,7 @@
     python benchmarks/throughput.py --hidden_dim 64 --latent_dim 8 --batch_size 128 --rounds 5
     python benchmarks/throughput.py --compile                        # and the same with compiled networks
 
-The classical way: float32, NCHW, a DataLoader with worker processes that decodes and augments image by image, one-hot EMA
+The classical way: float32, NCHW, a DataLoader with worker processes that converts and normalises image by image, one-hot EMA
 statistics, `.item()` of every loss at every step. Both run in turn, `--rounds` times; the ratio is that of the medians. Also
 measured: the network alone (no quantizer), and what the input pipeline, the code histogram and the evaluation of the
 validation split add to an epoch. The floor is operations and bytes of a step over the matrix and copy rates measured in the
@@ -12,6 +12,7 @@ same run. Random images stand in for a data set. Writes results/speed/throughput
 """
 
 import argparse
+import dataclasses
 import os
 import statistics
 import sys
@@ -72,7 +73,8 @@ class Images(torch.utils.data.Dataset):
 def classical_epoch(config, images, device):
     """A function that trains one epoch the classical way."""
     torch.manual_seed(0)
-    model = vqvae.VQVAE(OneHotEMA(config.codebook_size, config.latent_dim), config.hidden_dim, config.latent_dim).to(device)
+    model = vqvae.VQVAE(OneHotEMA(config.codebook_size, config.latent_dim), config.hidden_dim, config.latent_dim,
+                        config.downsample).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
     loader = torch.utils.data.DataLoader(Images(images), config.batch_size, shuffle=True, drop_last=True,
                                          num_workers=min(4, os.cpu_count()), persistent_workers=True)
@@ -152,16 +154,14 @@ def parse(argv):
     options, words = parser.parse_known_args(argv)
     if options.steps < 1 or options.rounds < 1:
         raise vqvae.UserError("steps and rounds must be at least 1")
-    if "--batch_size" not in words:
-        words = [*words, "--batch_size", "256"]
-    return options, train.config_from([*words, "--no_wandb"])[0]
+    return options, train.config_from(["--batch_size", "256", *words, "--no_wandb"])[0]
 
 
 def main(argv=None):
     options, config = parse(argv)
     device, _ = vqvae.pick_device(config.device)
     images = torch.randint(0, 256, (options.steps * config.batch_size, 32, 32, 3), dtype=torch.uint8)
-    own = {name: vqvae.dataclasses.replace(config, quantizer=name, compile=False) for name in ("vq_ema", "ba_vq")}
+    own = {name: dataclasses.replace(config, quantizer=name, compile=False) for name in ("vq_ema", "ba_vq")}
     project, model = project_epoch(own["ba_vq"], images, device)
     epochs = {
         "classical": classical_epoch(config, images, device),
@@ -171,7 +171,7 @@ def main(argv=None):
         "no quantizer": project_epoch(own["ba_vq"], images, device, quantize=False, pipeline=False)[0],
     }
     if config.compile:
-        compiled = vqvae.dataclasses.replace(own["ba_vq"], compile=True)
+        compiled = dataclasses.replace(own["ba_vq"], compile=True)
         epochs["ba_vq, compiled"] = project_epoch(compiled, images, device)[0]
     for epoch in epochs.values():
         epoch()  # warm-up, worker processes
@@ -180,8 +180,8 @@ def main(argv=None):
         for name, epoch in epochs.items():
             times[name].append(seconds(epoch, device))
     rate = {name: len(images) / statistics.median(t) for name, t in times.items()}
-    some = images[:1000]
-    evaluation = seconds(lambda: vqvae.evaluate(model, some, config.codebook_size, dtype=torch.bfloat16), device) / len(some)
+    some, dtype = images[:1000], vqvae.pick_precision(config.precision, device)[0]
+    evaluation = seconds(lambda: vqvae.evaluate(model, some, config.codebook_size, dtype=dtype), device) / len(some)
     ratios = {f"{name} / classical": rate[name] / rate["classical"] for name in ("ba_vq", "vq_ema")}
     ratios["vq_ema / ba_vq"] = rate["vq_ema"] / rate["ba_vq"]
     if config.compile:

@@ -39,18 +39,20 @@ def test_summary_by_hand(results, tiny_config):
             (results / f"{method}_{seed}.json").write_text(json.dumps(record))
     text = compare.summary()
     # differences 0.5, 0.6, 0.4: mean 0.5, deviation 0.1, t = 0.5 / (0.1 / sqrt 3) = 8.66, p = 0.013
-    assert "| ba_vq | 3 | 21.50 ± 0.95 | 8.0 ± 0.0 | 50.0% | 100.0% | +0.500 ± +0.100 | 0.013 |" in text
+    assert "| ba_vq | 3 | 21.50 ± 0.95 | 8.0 ± 0.0 | 50.0% | 100.0% | +0.500 ± 0.100 | 0.013 |" in text
     assert text.index("ba_vq") < text.index("| vq_ema |")
 
 
-@pytest.mark.parametrize("words", [["--methods", "magic"], ["--seeds", "x"], ["--codebook_sizes", "512,"], ["--lr", "fast"]])
+@pytest.mark.parametrize("words", [["--methods", "magic"], ["--seeds", "x"], ["--codebook_sizes", "512,"], ["--lr", "fast"],
+                                   ["--jobs", "0"], ["--seed", "1"], ["--codebook_size=64"], ["--seeds", "0,-1"],
+                                   ["--codebook_sizes", "0"], ["--methods", "vq_ema,lib_fsq", "--codebook_sizes", "500"]])
 def test_bad_words(words, results, capsys):
     assert vqvae.run_command(lambda: compare.main(words)) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err.count("\n") == 1 and not list(results.iterdir())
 
 
 def test_rate_distortion_figure(results, tiny_config, tmp_path):
-    config = tiny_config(hidden_dim=64, latent_dim=8, epochs=2).to_dict()
+    config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, epochs=2).to_dict()
     for method, bits in (("vq_ema", 3.5), ("ba_vq", 3.9), ("ba_vq_lambda10", 3.7)):
         record = {"method": method, "seed": 0, "psnr": 20 + bits, "bits_per_index": bits, "config": config}
         (results / f"{method}.json").write_text(json.dumps(record))

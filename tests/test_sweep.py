@@ -258,6 +258,8 @@ def test_comparison_table(tiny_config, capsys):
     records = analysis.load_runs(analysis.find_runs(folder))
     assert [r["name"] for r in records] == ["ba_vq", "vq_ema"]
     assert all((folder / f"{name}.png").stat().st_size > 5000 for name in ("summary", "training", "usage"))
+    with pytest.raises(vqvae.UserError, match="no such folder: nowhere"):
+        analysis.main([str(folder / "vq_ema"), "nowhere"])
 
 
 @pytest.mark.parametrize("words", [[], ["nowhere"], ["--sort_by"]])

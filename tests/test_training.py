@@ -136,6 +136,15 @@ def test_overwrite_never_clears_a_foreign_folder(tiny_config, tmp_path):
     assert precious.read_text() == "years of work"
 
 
+def test_a_run_from_before_a_setting_existed_is_another_run(tiny_config):
+    config = tiny_config()
+    vqvae.train(config)
+    stored = vqvae.Path(config.out_dir) / config.name / "config.yaml"
+    stored.write_text("".join(line for line in stored.read_text().splitlines(True) if not line.startswith("whitening")))
+    with pytest.raises(vqvae.UserError, match=r"another config \(whitening 0.0 -> 1.0\)"):
+        vqvae.train(config)
+
+
 def test_two_runs_of_one_name_at_once(tiny_config):
     config = tiny_config()
     with vqvae.locked(vqvae.Path(config.out_dir) / config.name):
