@@ -43,6 +43,7 @@ def load_runs(folders):
         try:
             record = json.loads(path.read_text())
             config = vqvae.stored_config(record["config"])
+            record["config"] = config.to_dict()  # every setting, also for runs from before one existed
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise vqvae.UserError(f"{path}: no finished run here ({error})") from error
         records.append({"name": folder.name, "method": method(config), **record})
@@ -70,7 +71,7 @@ def method(config):
 
 def identity(record):
     """vqvae.identity of a record's config."""
-    return vqvae.identity(vqvae.stored_config(record["config"]))
+    return vqvae.identity(vqvae.Config.from_dict(record["config"]))
 
 
 def _key(record, *without):

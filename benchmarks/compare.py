@@ -69,7 +69,7 @@ def run(method, size, dim, seed, extra, threads):
     name = config.name
     target = RESULTS / f"{name}.json"
     if target.exists():
-        stored = vqvae.Config.from_dict(json.loads(target.read_text())["config"])
+        stored = vqvae.stored_config(json.loads(target.read_text())["config"])
         if vqvae.identity(stored) != vqvae.identity(config):
             raise vqvae.UserError(f"{target}: holds a run of other settings; move results/compare/ away first")
         return f"{name}: done before"

@@ -175,9 +175,9 @@ def main(argv=None):
     if options.point:
         vqvae.say(json.dumps(measure_point(options.point, device)))
         return
-    if "ba_vq_fused" in options.methods and not options.summary:
-        quantizer_step.check_fused(device)
     if not options.summary:
+        if "ba_vq_fused" in options.methods:
+            quantizer_step.check_fused(device)
         torch.set_num_threads(os.cpu_count())
         plan = points(options)
         total, began, records = sum(map(len, plan.values())), time.time(), {}

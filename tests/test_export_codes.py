@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval_cifar
 import export_codes
 import vqvae
 
@@ -36,6 +37,25 @@ def test_round_trip_through_files(checkpoint, tmp_path, capsys):
 def test_other_splits(checkpoint, tmp_path, split, count):
     assert not run("encode", "--checkpoint", checkpoint, "--output", tmp_path / "c.npz", "--split", split)
     assert len(np.load(tmp_path / "c.npz")["indices"]) == count
+
+
+@pytest.mark.parametrize("work", ["encode", "decode", "inception"])
+def test_images_and_codes_are_made_as_in_the_evaluation(checkpoint, work):
+    """In eval mode and without TF32, which would move indices on a GPU."""
+    model, config = vqvae.load_model(checkpoint)
+    images, seen = vqvae.test_images(config), []
+    model.decoder.register_forward_hook(lambda *_: seen.append((model.training, torch.backends.cudnn.allow_tf32)))
+    model.encoder.register_forward_hook(lambda *_: seen.append((model.training, torch.backends.cudnn.allow_tf32)))
+    model.train()
+    if work == "encode":
+        export_codes.encode(model, images)
+    elif work == "decode":
+        export_codes.decode(model, torch.zeros(2, 4, 4, dtype=torch.int64))
+    else:
+        features = torch.rand(len(images), 4, dtype=torch.float64)
+        eval_cifar.inception_metrics(model, images, features, lambda batch: (torch.rand(len(batch), 4, dtype=torch.float64),
+                                                                            torch.full((len(batch), 2), 0.5)), batch_size=20)
+    assert set(seen) == {(False, False)} and model.training
 
 
 def test_an_empty_split_is_named(tiny_config, tmp_path, capsys):

@@ -290,4 +290,5 @@ def test_whitening_belongs_to_the_quantizer(tiny_config):
     vqvae.write_json(folder.parent / "old" / "final_metrics.json", {**metrics, "config": old})
     records = analysis.load_runs(analysis.find_runs(folder.parent))
     assert [r["method"] for r in records] == ["BA-VQ λ=inf whitened", "BA-VQ λ=inf", "VQ-EMA tuned"]
+    assert [r["config"]["whitening"] for r in records] == [1.0, 0.0, 0.0]
     assert len(analysis.differences(records)) == 2
