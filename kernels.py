@@ -115,5 +115,4 @@ def soft_assign(z, codebook, log_w, temperature, mahalanobis=None):
                                               d, step, block_n, block_k, PRECISION, **launch)
         _column_pass[(column_blocks, shares)](z, dual, half_norms, log_w, temperature, best, log_sum, stats, squares, n, k, share,
                                               d, step, max(16, triton.next_power_of_2(d)), block_n, block_k, PRECISION, **launch)
-    norms = (z * (z if mahalanobis is None else z @ mahalanobis)).sum()
-    return vqvae.Assignment(indices, stats.sum(0), (norms - 2 * best.sum()).clamp_min(0), n - squares.sum())
+    return vqvae.Assignment(indices, stats.sum(0), best.sum(), n - squares.sum())

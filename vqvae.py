@@ -452,7 +452,7 @@ class Assignment(NamedTuple):
 
     indices: torch.Tensor     # (N,) nearest code, without the prior
     stats: torch.Tensor       # (K, D + 1) sum over z of P(k|z) [z, 1]: centroid sums and counts
-    distortion: torch.Tensor  # () sum over z of the squared distance to the nearest code
+    score: torch.Tensor       # () sum over z of the nearest code's score: sum z^T M z - 2 score is the distortion
     overlap: torch.Tensor     # () sum over z of 1 - sum_k P(k|z)^2: 0 for hard assignments
 
 
@@ -464,23 +464,20 @@ def soft_assign(z, codebook, log_w, temperature, mahalanobis=None):
     No N x K tensor beyond one chunk; nothing is differentiated. Returns Assignment.
     """
     dual, half_norms = _dual(codebook, mahalanobis)
-    ones = z.new_ones(len(z), 1)
     stats = z.new_zeros(z.shape[1] + 1, len(codebook))  # (D + 1, K): products with rows of P are fast this way round
     best_sum, squares = z.new_zeros(()), z.new_zeros(())
-    chunks = _chunks(torch.cat([z, ones], 1), len(codebook))
+    chunks = _chunks(z, len(codebook))
     indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # one, since small ones kept would split the heap's holes
-    for chunk, index in zip(chunks, indices.split(len(chunks[0]))):  # (n, D + 1), (n,)
-        scores = _scores(chunk[:, :-1], dual, half_norms)  # (n, K)
+    for chunk, index in zip(chunks, indices.split(len(chunks[0]))):  # (n, D), (n,)
+        scores = _scores(chunk, dual, half_norms)  # (n, K)
         best, nearest = _best(scores)  # (n,)
         index.copy_(nearest)
         # Subtracting the best first keeps exact ties exact at any temperature.
         P = torch.softmax(scores.sub_(best[:, None]).mul_(2 / temperature).add_(log_w), dim=1)  # (n, K)
-        stats.addmm_(chunk.T, P)
+        stats.addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
         best_sum += best.sum()
         squares += torch.linalg.vector_norm(P).square()
-    norms = (z * (z if mahalanobis is None else z @ mahalanobis)).sum()
-    distortion = (norms - 2 * best_sum).clamp_min(0)
-    return Assignment(indices, stats.T.contiguous(), distortion, len(z) - squares)
+    return Assignment(indices, stats.T.contiguous(), best_sum, len(z) - squares)
 
 
 def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
@@ -517,10 +514,10 @@ def sample_rows(z, count):
     return all_reduce(torch.where(mine[:, None], z[pick % len(z)], 0))  # (count, D)
 
 
-def inverse_root(matrix, iterations=24):
+def inverse_root(matrix, iterations=15):
     """matrix^(-1/2) of a symmetric positive definite (D, D), by the coupled Newton-Schulz iteration (Higham 2008, section 6.7).
 
-    Products only, so no host sync. Eigenvalues below 1e-4 of the largest count as that.
+    Products only, so no host sync. Eigenvalues below 1e-4 of the largest count as that; 15 iterations reach them.
     """
     eye = torch.eye(len(matrix), device=matrix.device)
     scale = torch.linalg.matrix_norm(matrix) + 1e-30
@@ -614,31 +611,34 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _train_step(self, z):
-        if self.whitening:
-            self._adapt_distance(z)
+        squared_norm = self._adapt_distance(z)
         if not self.initialized:
             self.initialize(z)
             self.initialized = True
-        indices, stats = self.assign(z)
+        indices, stats = self.assign(z, squared_norm)
         quantized = self.codes(indices)  # before the update
         self.update(z, stats)
         return quantized, indices
 
     def _adapt_distance(self, z):
-        """Set the matrix of the distance for this step from latents z (N, D)."""
-        eye = torch.eye(self.dim, device=z.device)
+        """Set the matrix M of the distance for this step from latents z (N, D). Returns the sum of z^T M z, ()."""
         whiteness = self.whitening * (1 - self.fraction)
+        eye = torch.eye(self.dim, device=z.device)
         if whiteness == 0:
-            self.mahalanobis.copy_(eye)
-            return
-        rows = F.pad(z, (0, 1), value=1.0)  # (N, D + 1)
-        moments = all_reduce(rows.T @ rows) / (len(z) * world_size())
+            if self.whitening:
+                self.mahalanobis.copy_(eye)
+            return z.square().sum()
+        gram = z.T @ z  # (D, D), by far the dearest line: used for the norms as well
+        moments = F.pad(gram, (0, 1, 0, 1))  # (D + 1, D + 1)
+        moments[-1] = moments[:, -1] = F.pad(z.sum(0), (0, 1), value=len(z))
+        moments = all_reduce(moments) / (len(z) * world_size())
         self.moments.lerp_(moments, 1 - self.ema_decay if self.initialized else 1.0)
         mean = self.moments[:-1, -1]  # (D,)
         covariance = self.moments[:-1, :-1] - mean.outer(mean)  # (D, D)
         root = inverse_root(covariance)
         root *= covariance.trace() / (root * covariance).sum().clamp_min(1e-30)  # mean squared distances keep their scale
         self.mahalanobis.copy_(whiteness * root + (1 - whiteness) * eye)
+        return (gram * self.mahalanobis).sum()
 
     def _on_sphere(self, vectors):
         return F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors
@@ -701,7 +701,7 @@ class VQEMAQuantizer(Quantizer):
             self.codebook.copy_(self._on_sphere(start))
             self.ema[:, :-1] = self.codebook * self.ema[:, -1:]
 
-    def assign(self, z):
+    def assign(self, z, squared_norm):
         """z (N, D) -> nearest codes (N,) and their [sum of vectors, count] (K, D + 1)."""
         indices = nearest_code(z, self.codebook, self.mahalanobis)
         stats = torch.zeros_like(self.ema).index_add_(0, indices, F.pad(z, (0, 1), value=1.0))
@@ -755,12 +755,13 @@ class BAQuantizer(Quantizer):
         super().initialize(z)
         self.distortion.copy_(self._expected_distortion(z))
 
-    def assign(self, z):
+    def assign(self, z, squared_norm):
         """E-step and prior step. z (N, D) -> nearest codes (N,) and soft [sum of vectors, count] (K, D + 1)."""
         tau = (self.temperature * self.distortion).clamp_min(1e-30)
         for _ in range(self.ba_iters):
             batch = soft_assign(z, self.codebook, self.log_w, tau, self.mahalanobis)
-            scalars = torch.stack([batch.distortion, batch.overlap, z.new_full((), float(len(z)))])
+            distortion = (squared_norm - 2 * batch.score).clamp_min(0)
+            scalars = torch.stack([distortion, batch.overlap, z.new_full((), float(len(z)))])
             everything = all_reduce(torch.cat([batch.stats.flatten(), scalars]))
             stats = everything[:-3].view_as(self.ema)
             distortion, overlap = everything[-3:-1] / everything[-1]

@@ -28,7 +28,7 @@ def test_e_step_agrees_with_the_cpu(n, k, d):
     chosen = [(z[differ] - codebook[i[differ]]).square().sum(1) for i in (there.indices.cpu(), here.indices)]
     assert len(differ) < n / 1000 and torch.allclose(*chosen, rtol=1e-4)  # ties within rounding only
     assert torch.allclose(there.stats[:, -1].cpu().double(), here.stats[:, -1], rtol=1e-3, atol=1e-4)
-    assert torch.allclose(there.distortion.cpu().double(), here.distortion, rtol=1e-4)
+    assert torch.allclose(there.score.cpu().double(), here.score, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("n", "k", "d", "whitened"), [(4096, 512, 8, False), (5000, 1000, 64, True), (2048, 16384, 8, True),
@@ -39,7 +39,8 @@ def test_the_fused_e_step_agrees_with_the_chunked_one(n, k, d, whitened, tempera
     z, codebook, log_w = torch.randn(n, d).cuda(), torch.randn(k, d).cuda(), torch.randn(k).cuda()
     root = torch.randn(d, d).cuda() / d**0.5
     M = root @ root.T if whitened else None
-    tau = temperature * vqvae.soft_assign(z, codebook, log_w, torch.ones((), device="cuda"), M).distortion / n
+    gaps = z - codebook[vqvae.nearest_code(z, codebook, M)]  # (N, D)
+    tau = temperature * (gaps * (gaps @ M if whitened else gaps)).sum() / n
     chunked = vqvae.soft_assign(z, codebook, log_w, tau, M)
     fused = kernels.soft_assign(z, codebook, log_w, tau, M)
     torch.cuda.set_sync_debug_mode("error")
@@ -56,7 +57,7 @@ def test_the_fused_e_step_agrees_with_the_chunked_one(n, k, d, whitened, tempera
     assert torch.allclose(fused.stats[:, -1], chunked.stats[:, -1], rtol=1e-3, atol=1e-4)
     error = (fused.stats[:, :-1] - chunked.stats[:, :-1]).norm() / chunked.stats[:, :-1].norm()
     assert error < 1e-4
-    assert torch.allclose(fused.distortion, chunked.distortion, rtol=1e-4)
+    assert torch.allclose(fused.score, chunked.score, rtol=1e-4)
     assert torch.allclose(fused.overlap, chunked.overlap, rtol=1e-3, atol=1e-3 * n)
 
 

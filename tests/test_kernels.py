@@ -53,7 +53,7 @@ def test_fused_e_step_equals_the_chunked_one(computed, name):
     scale = z.abs().max()
     assert torch.allclose(fused.stats[:, -1], chunked.stats[:, -1], rtol=1e-4, atol=1e-4)
     assert torch.allclose(fused.stats[:, :-1], chunked.stats[:, :-1], rtol=1e-4, atol=1e-4 * scale)
-    assert torch.allclose(fused.distortion, chunked.distortion, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(fused.score, chunked.score, rtol=1e-5, atol=1e-4)
     assert torch.allclose(fused.overlap, chunked.overlap, rtol=1e-4, atol=1e-4 * len(z))
     assert fused.stats[:, -1].sum().item() == pytest.approx(len(z), rel=1e-5)  # every latent is shared out wholly
 
