@@ -1,0 +1,147 @@
+"""What does equal use of all codes cost in PSNR? Latents that do not move, theory beside measurement.
+
+    python benchmarks/price_of_balance.py experiments/ba_vq_k512 [--passes 4]     # any trained runs, or their final_model.pt
+
+The encoder and decoder of a run stay as they are; only codebooks are fitted to its training latents, by VQ-EMA and by BA-VQ
+at several lambda, and measured on its validation images: whatever differs is the price of how the codes are used.
+
+Theory: at high resolution the distortion of cells with mass density g(x) is E[(p/g)^(2/d)] up to a constant (Zador). It is
+least for g ~ p^(d/(d+2)); balanced cells have g = p. For a Gaussian p the ratio of the two depends only on d, the number of
+live directions: those above the water level of reverse water-filling at log2 K bits (Cover & Thomas, theorem 10.3.3).
+Writes results/price_of_balance.json. The runs need validation images and the euclid metric.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import train  # noqa: E402
+import vqvae  # noqa: E402
+from quantizer_step import table  # noqa: E402
+
+RESULTS = ROOT / "results" / "price_of_balance.json"
+BATCH = 8192  # latents per step of a fit, as in training with 128 images of 64 latents
+
+
+def live_directions(covariance, bits):
+    """How many eigenvalues of a covariance (D, D) lie above the water level at which a Gaussian takes `bits` bits."""
+    variances = torch.linalg.eigvalsh(covariance.double()).flip(0).clamp_min(1e-30)  # (D,) falling
+    for d in range(len(variances), 1, -1):
+        water = (variances[:d].log().sum() - 2 * bits * math.log(2)).div(d).exp()
+        if water < variances[d - 1]:
+            return d
+    return 1
+
+
+def balanced_to_best(d):
+    """Distortion of balanced cells over the least one, for a Gaussian of d live dimensions; infinite up to d = 2."""
+    return ((d - 2) / d) ** (-d / 2) / (d / (d + 2)) ** (-(d + 2) / 2) if d > 2 else math.inf
+
+
+@torch.no_grad()
+def latents(model, images):
+    """Images uint8 (N, S, S, 3) -> latents (N S/f S/f, D)."""
+    rows = [model.latents(vqvae.to_float(x)).permute(0, 2, 3, 1).flatten(0, 2) for x in images.split(500)]
+    return torch.cat(rows)
+
+
+def fit(config, z, passes, seed):
+    """The quantizer of `config`, fitted to latents z (N, D) in `passes` passes."""
+    quantizer = vqvae.make_quantizer(config).to(z.device).train()
+    steps = passes * max(1, len(z) // BATCH)
+    for step in tqdm(range(steps), desc=f"fitting K={config.codebook_size}", leave=False, disable=None):
+        torch.manual_seed(seed + step)
+        quantizer.set_progress(step / steps)
+        quantizer(z[torch.randint(len(z), (BATCH,), device=z.device)])
+    return quantizer.eval()
+
+
+@torch.no_grad()
+def measure(model, quantizer, images):
+    """Distortion, PSNR and perplexity of a quantizer between a model's encoder and decoder."""
+    whole, model.quantizer = model.quantizer, quantizer
+    try:
+        metrics = vqvae.evaluate(model, images, quantizer.codebook_size)
+    finally:
+        model.quantizer = whole
+    return {key: metrics[key] for key in ("quantization_error", "psnr", "perplexity", "usage_rate")}
+
+
+@torch.no_grad()
+def unquantized_psnr(model, images):
+    errors = [(vqvae.to_bytes(model(x, quantize=False).images).float() / 255 - x).square().flatten(1).mean(1)
+              for x in map(vqvae.to_float, images.split(500))]
+    return vqvae.psnr(torch.cat(errors).double().mean()).item()
+
+
+def price(path, weights, passes, seed):
+    """The record of one run: theory, and VQ-EMA and BA-VQ fitted to its latents."""
+    model, config = vqvae.load_model(path)
+    train_images, val_images = vqvae.training_images(config)
+    if len(val_images) == 0 or config.metric != "euclid":
+        raise vqvae.UserError(f"{path}: needs a run with validation images (--val_size 5000) and the euclid metric")
+    with vqvae.eval_mode(model):
+        z = latents(model, train_images[:10000])
+        plain = unquantized_psnr(model, val_images)
+        d = live_directions(torch.cov(z.T), math.log2(config.codebook_size))
+        record = {"run": config.name, "config": config.to_dict(), "unquantized_psnr": plain, "live_directions": d,
+                  "theory_distortion": balanced_to_best(d), "fits": {}}
+        settings = {"VQ-EMA": dict(quantizer="vq_ema", vq_recipe="tuned"),
+                    **{f"BA-VQ λ={w:g}".replace("inf", "∞"): dict(quantizer="ba_vq", entropy_weight=w) for w in weights}}
+        for name, values in settings.items():
+            fitted = fit(dataclasses.replace(config, whitening=0.0, **values), z, passes, seed)
+            record["fits"][name] = measure(model, fitted, val_images)
+    share = 1 - 10 ** ((record["fits"]["VQ-EMA"]["psnr"] - plain) / 10)  # of the squared error, due to the quantizer
+    record["theory_psnr"] = -10 * math.log10(1 + share * (balanced_to_best(d) - 1))
+    return record
+
+
+def report(record):
+    """Markdown of one record."""
+    base = record["fits"]["VQ-EMA"]
+    size = record["config"]["codebook_size"]
+    rows = [[name, f"{fit['perplexity'] / size:.1%}", f"{fit['quantization_error'] / base['quantization_error']:.3f}",
+             f"{fit['psnr']:.3f}", f"{fit['psnr'] - base['psnr']:+.3f}"] for name, fit in record["fits"].items()]
+    return "\n".join([
+        f"{record['run']}: K={size}, {record['live_directions']} live directions, without quantizer "
+        f"{record['unquantized_psnr']:.2f} dB.",
+        f"Theory, balanced against best: distortion × {record['theory_distortion']:.3f}, PSNR {record['theory_psnr']:+.3f} dB.",
+        "", table(["quantizer", "perplexity/K", "distortion / VQ-EMA", "PSNR dB", "Δ PSNR dB"], rows), ""])
+
+
+def parse(argv):
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or their final_model.pt")
+    parser.add_argument("--entropy_weights", default="10,100,inf", metavar="L,L", help="lambdas of BA-VQ (default 10,100,inf)")
+    parser.add_argument("--passes", type=int, default=4, metavar="N", help="over 640,000 latents (default 4)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    try:
+        options.entropy_weights = [float(word) for word in options.entropy_weights.split(",")]
+    except ValueError as error:
+        raise vqvae.UserError(f"entropy_weights: expected numbers with commas between ({error})") from error
+    if not all(weight >= 0 for weight in options.entropy_weights) or options.passes < 1:
+        raise vqvae.UserError("entropy_weights must be 0 or more, passes 1 or more")
+    options.runs = [Path(run) / "final_model.pt" if Path(run).is_dir() else Path(run) for run in options.runs]
+    return options
+
+
+def main(argv=None):
+    options = parse(argv)
+    records = []
+    for path in options.runs:
+        records.append(price(path, options.entropy_weights, options.passes, options.seed))
+        print(report(records[-1]), flush=True)
+        vqvae.write_json(RESULTS, records)
+
+
+if __name__ == "__main__":
+    sys.exit(vqvae.run_command(main))

@@ -1,0 +1,66 @@
+"""benchmarks/price_of_balance.py: its theory against numbers worked out otherwise, and a run of it."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from scipy.integrate import quad
+
+import vqvae
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import price_of_balance  # noqa: E402
+
+
+@pytest.mark.parametrize("d", [3, 5, 8])
+def test_balanced_over_best_distortion_of_a_gaussian_by_integration(d):
+    def moment(power):  # integral of p^power over space, p the standard Gaussian of d dimensions
+        sphere = 2 * math.pi ** (d / 2) / math.gamma(d / 2)
+        value, _ = quad(lambda r: sphere * r ** (d - 1) * (math.exp(-r * r / 2) / (2 * math.pi) ** (d / 2)) ** power, 0, math.inf)
+        return value
+
+    expected = moment(1 - 2 / d) / moment(d / (d + 2)) ** ((d + 2) / d)
+    assert price_of_balance.balanced_to_best(d) == pytest.approx(expected, rel=1e-6)
+    assert price_of_balance.balanced_to_best(d) > price_of_balance.balanced_to_best(d + 1) > 1
+
+
+def test_live_directions_by_reverse_water_filling():
+    # 4 bits on variances 16, 4, 1: water (64 / 2^8)^(1/2) = 0.5 on the first two, below 1, so the third joins: 0.63.
+    covariance = torch.diag(torch.tensor([1.0, 16.0, 4.0]))
+    assert price_of_balance.live_directions(covariance, 4) == 3
+    assert price_of_balance.live_directions(covariance, 2) == 2  # water 2 on two
+    assert price_of_balance.live_directions(covariance, 0.5) == 1
+
+
+def test_prices_of_a_run(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(price_of_balance, "RESULTS", tmp_path / "price.json")
+    config = vqvae.Config(**tiny())
+    vqvae.train(config)
+    folder = tmp_path / "experiments" / "tiny"
+    before = (folder / "final_model.pt").read_bytes()
+    price_of_balance.main([str(folder), "--entropy_weights", "1,inf", "--passes", "30"])
+    record, = json.loads((tmp_path / "price.json").read_text())
+    fits = record["fits"]
+    assert set(fits) == {"VQ-EMA", "BA-VQ λ=1", "BA-VQ λ=∞"}
+    assert fits["BA-VQ λ=∞"]["perplexity"] > fits["BA-VQ λ=1"]["perplexity"]
+    assert all(fit["psnr"] < record["unquantized_psnr"] + 0.5 and fit["quantization_error"] > 0 for fit in fits.values())
+    assert "Theory, balanced" in capsys.readouterr().out
+    assert (folder / "final_model.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--entropy_weights", "a"], "commas"), (["--entropy_weights", "-1"], "0 or more"), (["--passes", "0"], "1 or more")])
+def test_bad_input(flags, message):
+    with pytest.raises(vqvae.UserError, match=message):
+        price_of_balance.parse(["run", *flags])
+
+
+def test_runs_that_cannot_be_priced(tiny, tmp_path):
+    for name, changes in {"whole": dict(val_size=0, train_subset=None), "sphere": dict(metric="cosine")}.items():
+        train_config = vqvae.Config(**tiny(name=name, epochs=1, **changes))
+        vqvae.train(train_config)
+        with pytest.raises(vqvae.UserError, match="validation images"):
+            price_of_balance.price(tmp_path / "experiments" / name / "final_model.pt", [1.0], 1, 0)
