@@ -5,9 +5,10 @@
 The encoder and decoder of a run stay as they are; only codebooks are fitted to its training latents, by VQ-EMA and by BA-VQ
 at several lambda, and measured on its validation images: whatever differs is the price of how the codes are used.
 
-Theory: at high resolution the squared error of codes with density g(x) is E[g^(-2/d)] up to a constant (Zador 1982, IEEE Trans.
-IT 28(2)). It is least for g ~ p^(d/(d+2)), p the density of the latents; cells of equal mass have g = p. For a Gaussian p the ratio of the two depends only on d, the number of
-live directions: those above the water level of reverse water-filling at log2 K bits (Cover & Thomas, theorem 10.3.3).
+Theory: at high resolution the squared error of codes with density g(x) is E[g^(-2/d)] up to a constant (Zador 1982, IEEE
+Trans. IT 28(2)). It is least for g ~ p^(d/(d+2)), p the density of the latents; cells of equal mass have g = p. For a Gaussian
+p the ratio of the two depends only on d, the number of live directions: those above the water level of reverse water-filling
+at log2 K bits (Cover & Thomas, theorem 10.3.3).
 Writes results/price_of_balance.json. The runs need validation images and the euclid metric.
 """
 
