@@ -24,6 +24,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import analysis  # noqa: E402
 import train  # noqa: E402
 import vqvae  # noqa: E402
 from quantizer_step import table  # noqa: E402
@@ -45,13 +46,6 @@ def live_directions(covariance, bits):
 def balanced_to_best(d):
     """Distortion of balanced cells over the least one, for a Gaussian of d live dimensions; infinite up to d = 2."""
     return ((d - 2) / d) ** (-d / 2) / (d / (d + 2)) ** (-(d + 2) / 2) if d > 2 else math.inf
-
-
-@torch.no_grad()
-def latents(model, images):
-    """Images uint8 (N, S, S, 3) -> latents (N S/f S/f, D)."""
-    rows = [model.latents(vqvae.to_float(x)).permute(0, 2, 3, 1).flatten(0, 2) for x in images.split(500)]
-    return torch.cat(rows)
 
 
 def fit(config, z, passes, seed):
@@ -90,7 +84,7 @@ def price(path, weights, passes, seed):
     if len(val_images) == 0 or config.metric != "euclid":
         raise vqvae.UserError(f"{path}: needs a run with validation images (--val_size 5000) and the euclid metric")
     with vqvae.eval_mode(model):
-        z = latents(model, train_images[:10000])
+        z = torch.cat([analysis.latents_of(model, images) for images in train_images[:10000].split(500)])  # (N, D)
         plain = unquantized_psnr(model, val_images)
         d = live_directions(torch.cov(z.T), math.log2(config.codebook_size))
         record = {"run": config.name, "config": config.to_dict(), "unquantized_psnr": plain, "live_directions": d,

@@ -47,6 +47,10 @@ def test_prices_of_a_run(tiny, tmp_path, monkeypatch, capsys):
     assert set(fits) == {"VQ-EMA", "BA-VQ λ=1", "BA-VQ λ=∞"}
     assert fits["BA-VQ λ=∞"]["perplexity"] > fits["BA-VQ λ=1"]["perplexity"]
     assert all(fit["psnr"] < record["unquantized_psnr"] + 0.5 and fit["quantization_error"] > 0 for fit in fits.values())
+    # The price in theory: the quantizer's part of the squared error grows by the factor of the distortion.
+    whole, rest = (10 ** (-value / 10) for value in (fits["VQ-EMA"]["psnr"], record["unquantized_psnr"]))
+    dearer = rest + (whole - rest) * record["theory_distortion"]
+    assert record["theory_psnr"] == pytest.approx(-10 * math.log10(dearer / whole))
     assert "Theory, balanced" in capsys.readouterr().out
     assert (folder / "final_model.pt").read_bytes() == before
 

@@ -87,6 +87,22 @@ def test_whitened_distance_relaxes_to_the_euclidean_one():
     assert torch.equal(quantizer.mahalanobis, torch.eye(3))
 
 
+@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
+def test_whitened_step_measures_its_own_distance(progress):
+    """The distortion that sets the temperature, and the moments behind the distance, written out."""
+    z = torch.randn(500, 3) * torch.tensor([4.0, 1.0, 0.25]) + 5
+    quantizer = BAQuantizer(8, 3, ema_decay=0.0, whitening=1.0, restart_threshold=0.0).train()
+    quantizer(z)
+    before = quantizer.codebook.clone()
+    quantizer.set_progress(progress)
+    quantizer(z)
+    gaps = z[:, None] - before  # (N, K, D)
+    nearest = torch.einsum("nkd,de,nke->nk", gaps, quantizer.mahalanobis, gaps).min(1).values
+    assert quantizer.distortion.item() == pytest.approx(nearest.mean().item(), rel=1e-3)
+    rows = torch.cat([z, torch.ones(500, 1)], 1)
+    assert torch.allclose(quantizer.moments, rows.T @ rows / 500, rtol=1e-5)
+
+
 def test_whitening_keeps_a_weak_direction():
     z = torch.randn(4000, 2) * torch.tensor([10.0, 0.5])
     explained = {}
