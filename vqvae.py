@@ -553,6 +553,7 @@ class Quantizer(nn.Module):
         self.whitening, self.anneal_fraction = whitening, anneal_fraction
         self.fraction = 0.0  # of the annealing, in [0, 1]
         self.initialized = False
+        self.gram = None  # z^T z (D, D) of the batch in work, while the distance is whitened
         self.register_buffer("codebook", torch.zeros(codebook_size, dim))
         self.register_buffer("ema", torch.zeros(codebook_size, dim + 1))  # per code: sum of vectors, count
         if whitening:
@@ -611,25 +612,26 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _train_step(self, z):
-        squared_norm = self._adapt_distance(z)
+        if self.whitening:
+            self._adapt_distance(z)
         if not self.initialized:
             self.initialize(z)
             self.initialized = True
-        indices, stats = self.assign(z, squared_norm)
+        indices, stats = self.assign(z)
         quantized = self.codes(indices)  # before the update
         self.update(z, stats)
         return quantized, indices
 
     def _adapt_distance(self, z):
-        """Set the matrix M of the distance for this step from latents z (N, D). Returns the sum of z^T M z, ()."""
-        whiteness = self.whitening * (1 - self.fraction)
+        """Set the matrix of the distance for this step from latents z (N, D)."""
         eye = torch.eye(self.dim, device=z.device)
+        whiteness = self.whitening * (1 - self.fraction)
         if whiteness == 0:
-            if self.whitening:
-                self.mahalanobis.copy_(eye)
-            return z.square().sum()
-        gram = z.T @ z  # (D, D), by far the dearest line: used for the norms as well
-        moments = F.pad(gram, (0, 1, 0, 1))  # (D + 1, D + 1)
+            self.gram = None
+            self.mahalanobis.copy_(eye)
+            return
+        self.gram = z.T @ z  # (D, D), by far the dearest line: BA-VQ takes its norms from it as well
+        moments = F.pad(self.gram, (0, 1, 0, 1))  # (D + 1, D + 1)
         moments[-1] = moments[:, -1] = F.pad(z.sum(0), (0, 1), value=len(z))
         moments = all_reduce(moments) / (len(z) * world_size())
         self.moments.lerp_(moments, 1 - self.ema_decay if self.initialized else 1.0)
@@ -638,7 +640,6 @@ class Quantizer(nn.Module):
         root = inverse_root(covariance)
         root *= covariance.trace() / (root * covariance).sum().clamp_min(1e-30)  # mean squared distances keep their scale
         self.mahalanobis.copy_(whiteness * root + (1 - whiteness) * eye)
-        return (gram * self.mahalanobis).sum()
 
     def _on_sphere(self, vectors):
         return F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors
@@ -701,7 +702,7 @@ class VQEMAQuantizer(Quantizer):
             self.codebook.copy_(self._on_sphere(start))
             self.ema[:, :-1] = self.codebook * self.ema[:, -1:]
 
-    def assign(self, z, squared_norm):
+    def assign(self, z):
         """z (N, D) -> nearest codes (N,) and their [sum of vectors, count] (K, D + 1)."""
         indices = nearest_code(z, self.codebook, self.mahalanobis)
         stats = torch.zeros_like(self.ema).index_add_(0, indices, F.pad(z, (0, 1), value=1.0))
@@ -755,8 +756,9 @@ class BAQuantizer(Quantizer):
         super().initialize(z)
         self.distortion.copy_(self._expected_distortion(z))
 
-    def assign(self, z, squared_norm):
+    def assign(self, z):
         """E-step and prior step. z (N, D) -> nearest codes (N,) and soft [sum of vectors, count] (K, D + 1)."""
+        squared_norm = z.square().sum() if self.gram is None else (self.gram * self.mahalanobis).sum()  # sum z^T M z
         tau = (self.temperature * self.distortion).clamp_min(1e-30)
         for _ in range(self.ba_iters):
             batch = soft_assign(z, self.codebook, self.log_w, tau, self.mahalanobis)
