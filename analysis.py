@@ -32,7 +32,7 @@ COLUMNS = [("psnr", "PSNR dB", "{:.2f}"), ("ssim", "SSIM", "{:.4f}"), ("perplexi
            ("bits_per_index", "bits/index", "{:.3f}")]
 DIFFERENCES = [("psnr", "PSNR dB", "{:+.3f}"), ("ssim", "SSIM", "{:+.4f}"), ("perplexity", "perplexity", "{:+.1f}"),
                ("usage_rate", "usage", "{:+.1%}"), ("bits_per_index", "bits/index", "{:+.3f}")]
-IN_METHOD = ("quantizer", "vq_recipe", "entropy_weight", "whitening", "metric")  # what method() tells
+IN_METHOD = ("quantizer", "vq_recipe", "entropy_weight", "metric")  # what method() tells
 
 
 def load_runs(folders):
@@ -66,7 +66,7 @@ def one_seed(folders):
 def method(config):
     """Short label of a quantizer and its recipe."""
     name = f"VQ-EMA {config.vq_recipe}" if config.quantizer == "vq_ema" else f"BA-VQ λ={config.entropy_weight:g}"
-    return name + (" whitened" if config.whitening else "") + (" cosine" if config.metric == "cosine" else "")
+    return name + (" cosine" if config.metric == "cosine" else "")
 
 
 def identity(record):
@@ -82,7 +82,7 @@ def _key(record, *without):
 def _setting(record, *without):
     """What two runs must share to be compared: everything but the quantizer's own settings."""
     return _key(record, "quantizer", "vq_recipe", "restart_threshold", "warmup_fraction", "entropy_weight", "temperature_start",
-                "temperature_end", "anneal_fraction", "ba_iters", "ema_decay", "whitening", *without)
+                "temperature_end", "anneal_fraction", "ba_iters", "ema_decay", *without)
 
 
 def _groups(records, key):
@@ -395,7 +395,7 @@ def codes_and_latents(records, models, images):
 def cell_radii(model, images):
     """Root mean squared distance from each code in use to its latents, (codes in use,)."""
     z, codebook = latents_of(model, images), model.quantizer.codebook
-    indices = vqvae.nearest_code(z, codebook, model.quantizer.mahalanobis)
+    indices = vqvae.nearest_code(z, codebook)
     squared = (z - codebook[indices]).square().sum(1)
     sums = torch.zeros(len(codebook)).index_add_(0, indices, squared)
     counts = torch.bincount(indices, minlength=len(codebook))

@@ -20,21 +20,21 @@ PROGRAMS = 512        # of the column pass, at least, where K and N allow it: a 
 
 
 @triton.jit
-def _scores(z, dual, half_norms, rows, columns, N, K, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(z, codebook, half_norms, rows, columns, N, K, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
     """vqvae._scores of a block (rows, columns); -inf beyond K. Both passes call it, so they see equal scores."""
     product = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     for start in tl.static_range(0, D, STEP):
         dims = start + tl.arange(0, STEP)
         latents = tl.load(z + rows[:, None] * D + dims[None, :],
                           mask=(rows < N)[:, None] & (dims < D)[None, :], other=0.0)  # (BLOCK_N, STEP)
-        codes = tl.load(dual + columns[None, :] * D + dims[:, None],
+        codes = tl.load(codebook + columns[None, :] * D + dims[:, None],
                         mask=(columns < K)[None, :] & (dims < D)[:, None], other=0.0)  # (STEP, BLOCK_K)
         product = tl.dot(latents, codes, product, input_precision=PRECISION)
     return product - tl.load(half_norms + columns, mask=columns < K, other=float("inf"))[None, :]
 
 
 @triton.jit
-def _row_pass(z, dual, half_norms, log_w, temperature, best_out, log_sum_out, index_out, N, K,
+def _row_pass(z, codebook, half_norms, log_w, temperature, best_out, log_sum_out, index_out, N, K,
               D: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = 2 / tl.load(temperature)
@@ -44,7 +44,7 @@ def _row_pass(z, dual, half_norms, log_w, temperature, best_out, log_sum_out, in
     total = tl.zeros([BLOCK_N], tl.float32)               # sum of exp(logit - top) so far
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        scores = _scores(z, dual, half_norms, rows, columns, N, K, D, STEP, PRECISION)  # (BLOCK_N, BLOCK_K)
+        scores = _scores(z, codebook, half_norms, rows, columns, N, K, D, STEP, PRECISION)  # (BLOCK_N, BLOCK_K)
         block_best, block_index = tl.max(scores, 1, return_indices=True)
         index = tl.where(block_best > best, start + block_index, index)
         new_best = tl.maximum(best, block_best)
@@ -60,7 +60,7 @@ def _row_pass(z, dual, half_norms, log_w, temperature, best_out, log_sum_out, in
 
 
 @triton.jit
-def _column_pass(z, dual, half_norms, log_w, temperature, best, log_sum, stats_out, squares_out, N, K, share,
+def _column_pass(z, codebook, half_norms, log_w, temperature, best, log_sum, stats_out, squares_out, N, K, share,
                  D: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                  PRECISION: tl.constexpr):
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -73,7 +73,7 @@ def _column_pass(z, dual, half_norms, log_w, temperature, best, log_sum, stats_o
     squares = tl.zeros([BLOCK_K], tl.float32)
     for start in range(first, tl.minimum(first + share, N), BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
-        scores = _scores(z, dual, half_norms, rows, columns, N, K, D, STEP, PRECISION)  # (BLOCK_N, BLOCK_K)
+        scores = _scores(z, codebook, half_norms, rows, columns, N, K, D, STEP, PRECISION)  # (BLOCK_N, BLOCK_K)
         row_best = tl.load(best + rows, mask=rows < N, other=float("inf"))  # so P = 0 beyond N
         row_sum = tl.load(log_sum + rows, mask=rows < N, other=0.0)
         # The minimum guards exp at tiny temperatures, should the two passes ever round a score differently.
@@ -98,12 +98,12 @@ def blocks(d):
     return (32, 32, 32), {"num_warps": 8, "num_stages": 1}
 
 
-def soft_assign(z, codebook, log_w, temperature, mahalanobis=None):
+def soft_assign(z, codebook, log_w, temperature):
     """vqvae.soft_assign; all tensors float32 on one CUDA device. D <= 256; extra memory O(N + K D) + 32 MiB."""
     (n, d), k = z.shape, len(codebook)
     (step, block_n, block_k), launch = blocks(d)
-    z, log_w = z.contiguous(), log_w.contiguous()
-    dual, half_norms = (tensor.contiguous() for tensor in vqvae._dual(codebook, mahalanobis))  # (K, D), (K,)
+    z, codebook, log_w = z.contiguous(), codebook.contiguous(), log_w.contiguous()
+    half_norms = vqvae._half_norms(codebook)  # (K,)
     best, log_sum = z.new_empty(2, n)
     indices = torch.empty(n, dtype=torch.int64, device=z.device)
     column_blocks = triton.cdiv(k, block_k)
@@ -111,8 +111,8 @@ def soft_assign(z, codebook, log_w, temperature, mahalanobis=None):
     share = triton.cdiv(triton.cdiv(n, shares), block_n) * block_n  # latents of one program
     stats, squares = z.new_empty(shares, k, d + 1), z.new_empty(shares, k)
     with torch.cuda.device_of(z):
-        _row_pass[(triton.cdiv(n, block_n),)](z, dual, half_norms, log_w, temperature, best, log_sum, indices, n, k,
+        _row_pass[(triton.cdiv(n, block_n),)](z, codebook, half_norms, log_w, temperature, best, log_sum, indices, n, k,
                                               d, step, block_n, block_k, PRECISION, **launch)
-        _column_pass[(column_blocks, shares)](z, dual, half_norms, log_w, temperature, best, log_sum, stats, squares, n, k, share,
+        _column_pass[(column_blocks, shares)](z, codebook, half_norms, log_w, temperature, best, log_sum, stats, squares, n, k, share,
                                               d, step, max(16, triton.next_power_of_2(d)), block_n, block_k, PRECISION, **launch)
     return vqvae.Assignment(indices, stats.sum(0), best.sum(), n - squares.sum())

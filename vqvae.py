@@ -13,9 +13,9 @@ Sources, cited below by name:
     Blahut 1972         Computation of channel capacity and rate-distortion functions, IEEE Trans. IT 18(4)
     Arimoto 1972        An algorithm for computing the capacity of arbitrary discrete memoryless channels
     Csiszar 1974        On the computation of rate-distortion functions, IEEE Trans. IT 20(1)
+    LeCun 1998          Efficient BackProp, section 4.6
     Rose 1998           Deterministic annealing for clustering, compression, classification, Proc. IEEE 86(11)
     Cuturi 2013         Sinkhorn distances: lightspeed computation of optimal transport, arXiv 1306.0895
-    Higham 2008         Functions of matrices: theory and computation, SIAM
     Lee 2001            Occlusion models for natural images, Lee, Mumford & Huang, IJCV 41
     Wang 2004           Image quality assessment: from error visibility to structural similarity
 """
@@ -54,7 +54,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-FORMAT_VERSION = 2  # of checkpoints and final models; 1 had no whitening
+FORMAT_VERSION = 3  # of checkpoints and final models; 2 had a distance that was whitened at first
 RECON_WEIGHT = 8.0  # of the mean squared error of [0, 1] images against the commitment loss
 REFINE_STEP = 0.7  # of VQVAE.refined
 
@@ -111,20 +111,17 @@ class Config:
     commitment_weight: float = option(0.25, "weight of the commitment loss", low=0)
     ema_decay: Optional[float] = option(None, "decay of the codebook EMA (default: by recipe and codebook size)",
                                         low=0, high=0.99999)
-    whitening: Optional[float] = option(None, "weight, at the start, of the whitened distance against the Euclidean one, "
-                                        "which replaces it over anneal_fraction (default: ba_vq euclid 1, else 0)",
-                                        low=0, high=1)
-    anneal_fraction: float = option(0.5, "fraction of training after the warm-up over which whitening and temperature fall",
-                                    low=0, high=1)
     vq_recipe: str = option("tuned", "vq_ema: 'classical' (uniform start, decay 0.8) or 'tuned' "
                             "(data start, dead codes restarted)", choices=("classical", "tuned"))
     restart_threshold: float = option(0.1, "codes below this fraction of the mean EMA count restart "
                                       "(not vq_ema classical, nor ba_vq with lambda <= 1)",
                                       low=0, high=1)
-    entropy_weight: float = option(math.inf, "ba_vq: lambda, from 0 (classical Blahut-Arimoto, codes may die) "
+    entropy_weight: float = option(10.0, "ba_vq: lambda, from 0 (classical Blahut-Arimoto, codes may die) "
                                    "to inf (balanced use)", low=0, high=math.inf)
     temperature_start: float = option(0.2, "ba_vq: first temperature, in units of the mean distortion", low=1e-6, high=1e6)
     temperature_end: float = option(0.02, "ba_vq: last temperature, in units of the mean distortion", low=1e-6, high=1e6)
+    anneal_fraction: float = option(0.5, "ba_vq: fraction of training after the warm-up over which the temperature falls",
+                                    low=0, high=1)
     ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
     # training
     warmup_fraction: Optional[float] = option(None, "fraction of training before the quantizer joins in "
@@ -158,10 +155,6 @@ class Config:
             raise UserError(f"image_size: {self.image_size} is not divisible by downsample {self.downsample}")
         if self.ema_decay is None:
             object.__setattr__(self, "ema_decay", default_ema_decay(self))
-        if self.whitening is None:
-            object.__setattr__(self, "whitening", float(self.quantizer == "ba_vq" and self.metric == "euclid"))
-        if self.whitening and self.metric == "cosine":
-            raise UserError("whitening: applies to the euclid metric only; set it to 0 with cosine")
         if self.warmup_fraction is None:
             classical = self.quantizer == "vq_ema" and self.vq_recipe == "classical"
             object.__setattr__(self, "warmup_fraction", 0.0 if classical else 0.1)
@@ -345,6 +338,17 @@ def decoder(hidden_dim, latent_dim, downsample):
     return nn.Sequential(*layers)
 
 
+def unit_gain(network):
+    """Start the convolutions of a network at weights of variance 1 / fan-in (LeCun 1998); PyTorch's have a third of it.
+
+    With PyTorch's the latents start at a 30th of the images' scale and the network learns their directions one after
+    another; those that are not there when the quantizer joins in get no codes, so never come (results/LOG.md).
+    """
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            layer.weight.data *= math.sqrt(3)
+
+
 # ----------------------------------------------------------------------------------------
 # The textbook algorithm
 
@@ -411,15 +415,14 @@ def _chunks(z, codes):
     return z.split(max(z.shape[1], CHUNK_ELEMENTS[z.device.type] // codes))
 
 
-def _dual(codebook, mahalanobis):
-    """(M e_k (K, D), e_k^T M e_k / 2 (K,)); M is the identity where `mahalanobis` is None."""
-    dual = codebook if mahalanobis is None else codebook @ mahalanobis
-    return dual, (codebook * dual).sum(1) / 2
+def _half_norms(codebook):
+    """|e_k|^2 / 2, (K,)."""
+    return codebook.square().sum(1) / 2
 
 
-def _scores(z, dual, half_norms):
-    """z . M e_k - e_k^T M e_k / 2, (n, K): larger is nearer; z^T M z - 2 score is the squared distance."""
-    return torch.addmm(-half_norms, z, dual.T)
+def _scores(z, codebook, halves):
+    """z . e_k - |e_k|^2 / 2, (n, K): larger is nearer; |z|^2 - 2 score is the squared distance."""
+    return torch.addmm(-halves, z, codebook.T)
 
 
 def _best(scores):
@@ -434,16 +437,13 @@ def _best(scores):
     return best, block * 64 + blocks[torch.arange(len(scores)), block].argmax(1)
 
 
-def nearest_code(z, codebook, mahalanobis=None):
-    """Index (N,) of the code nearest to each row of z (N, D) in squared distance; codebook (K, D).
-
-    mahalanobis: None, or the matrix M (D, D) of the distance (z - e)^T M (z - e).
-    """
-    dual, half_norms = _dual(codebook, mahalanobis)
+def nearest_code(z, codebook):
+    """Index (N,) of the code nearest to each row of z (N, D) in squared distance; codebook (K, D)."""
+    halves = _half_norms(codebook)
     chunks = _chunks(z, len(codebook))
     indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # one, since small ones kept would split the heap's holes
     for chunk, index in zip(chunks, indices.split(len(chunks[0]))):
-        index.copy_(_best(_scores(chunk, dual, half_norms))[1])
+        index.copy_(_best(_scores(chunk, codebook, halves))[1])
     return indices
 
 
@@ -452,24 +452,23 @@ class Assignment(NamedTuple):
 
     indices: torch.Tensor     # (N,) nearest code, without the prior
     stats: torch.Tensor       # (K, D + 1) sum over z of P(k|z) [z, 1]: centroid sums and counts
-    score: torch.Tensor       # () sum over z of the nearest code's score: sum z^T M z - 2 score is the distortion
+    score: torch.Tensor       # () sum over z of the nearest code's score: sum |z|^2 - 2 score is the distortion
     overlap: torch.Tensor     # () sum over z of 1 - sum_k P(k|z)^2: 0 for hard assignments
 
 
-def soft_assign(z, codebook, log_w, temperature, mahalanobis=None):
-    """E-step: P(k|z) ~ w_k exp(-d(z, e_k) / temperature), reduced to sums chunk by chunk.
+def soft_assign(z, codebook, log_w, temperature):
+    """E-step: P(k|z) ~ w_k exp(-d(z, e_k) / temperature), d the squared distance, reduced to sums chunk by chunk.
 
-    z (N, D), codebook (K, D), log_w (K,), temperature () > 0 in units of d; d is the squared distance,
-    or (z - e)^T M (z - e) where mahalanobis is M (D, D).
+    z (N, D), codebook (K, D), log_w (K,), temperature () > 0 in units of d.
     No N x K tensor beyond one chunk; nothing is differentiated. Returns Assignment.
     """
-    dual, half_norms = _dual(codebook, mahalanobis)
+    halves = _half_norms(codebook)
     stats = z.new_zeros(z.shape[1] + 1, len(codebook))  # (D + 1, K): products with rows of P are fast this way round
     best_sum, squares = z.new_zeros(()), z.new_zeros(())
     chunks = _chunks(z, len(codebook))
     indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # one, since small ones kept would split the heap's holes
     for chunk, index in zip(chunks, indices.split(len(chunks[0]))):  # (n, D), (n,)
-        scores = _scores(chunk, dual, half_norms)  # (n, K)
+        scores = _scores(chunk, codebook, halves)  # (n, K)
         best, nearest = _best(scores)  # (n,)
         index.copy_(nearest)
         # Subtracting the best first keeps exact ties exact at any temperature.
@@ -514,20 +513,6 @@ def sample_rows(z, count):
     return all_reduce(torch.where(mine[:, None], z[pick % len(z)], 0))  # (count, D)
 
 
-def inverse_root(matrix, iterations=15):
-    """matrix^(-1/2) of a symmetric positive definite (D, D), by the coupled Newton-Schulz iteration (Higham 2008, section 6.7).
-
-    Products only, so no host sync. Eigenvalues below 1e-4 of the largest count as that; 15 iterations reach them.
-    """
-    eye = torch.eye(len(matrix), device=matrix.device)
-    scale = torch.linalg.matrix_norm(matrix) + 1e-30
-    y, inverse = matrix / scale + 1e-4 * eye, eye
-    for _ in range(iterations):
-        t = 1.5 * eye - 0.5 * inverse @ y
-        y, inverse = y @ t, t @ inverse
-    return (inverse + inverse.T) / 2 / scale.sqrt()
-
-
 class Quantizer(nn.Module):
     """Nearest-code quantizer with a codebook kept as an exponential moving average.
 
@@ -538,29 +523,15 @@ class Quantizer(nn.Module):
     codebook_size K; dim D; metric 'euclid' (squared distance) or 'cosine' (the same on unit vectors);
     ema_decay in [0, 1); commitment_weight: of mean (z - z_q)^2, van den Oord 2017 equation 3;
     restart_threshold: fraction of the mean EMA count below which a code is dead (0: never).
-
-    whitening in [0, 1], euclid only: the distance is (z - e)^T M (z - e), M = v C^(-1/2) + (1 - v) I up to scale, C the
-    covariance of the latents, v falling from `whitening` to 0 over the first anneal_fraction of training (`set_progress`).
-    A plain quantizer resolves the few directions that are large when it starts; the decoder then cannot use the others, so
-    the encoder gives them up. Starting from above keeps every direction that pays for its bits (results/LOG.md).
     """
 
-    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25, restart_threshold=0.1,
-                 whitening=0.0, anneal_fraction=0.5):
+    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25, restart_threshold=0.1):
         super().__init__()
         self.codebook_size, self.dim, self.metric = codebook_size, dim, metric
         self.ema_decay, self.commitment_weight, self.restart_threshold = ema_decay, commitment_weight, restart_threshold
-        self.whitening, self.anneal_fraction = whitening, anneal_fraction
-        self.fraction = 0.0  # of the annealing, in [0, 1]
         self.initialized = False
-        self.gram = None  # z^T z (D, D) of the batch in work, while the distance is whitened
         self.register_buffer("codebook", torch.zeros(codebook_size, dim))
         self.register_buffer("ema", torch.zeros(codebook_size, dim + 1))  # per code: sum of vectors, count
-        if whitening:
-            self.register_buffer("moments", torch.zeros(dim + 1, dim + 1))  # EMA of [z, 1]^T [z, 1] per vector
-            self.register_buffer("mahalanobis", torch.eye(dim))
-        else:
-            self.mahalanobis = None
 
     def extra_repr(self):
         return f"{self.codebook_size}, {self.dim}, metric={self.metric!r}, ema_decay={self.ema_decay}"
@@ -572,8 +543,7 @@ class Quantizer(nn.Module):
         self.initialized = state["initialized"]
 
     def set_progress(self, progress):
-        """Tell the quantizer how far training is, in [0, 1], for its schedules. Called every step."""
-        self.fraction = min(1.0, progress / self.anneal_fraction) if self.anneal_fraction > 0 else 1.0
+        """Tell the quantizer how far training is, in [0, 1], for its schedules. Called every step; nothing to do here."""
 
     def codes(self, indices):
         """Look up codes: indices (...) int64 -> (..., D)."""
@@ -593,7 +563,7 @@ class Quantizer(nn.Module):
             if self.training:
                 quantized, indices = self._train_step(flat.detach())
             else:
-                indices = nearest_code(flat.detach(), self.codebook, self.mahalanobis)  # (N,)
+                indices = nearest_code(flat.detach(), self.codebook)  # (N,)
                 quantized = self.codes(indices)  # (N, D)
             loss = self.commitment_weight * F.mse_loss(flat, quantized)
             if self.training:
@@ -607,13 +577,11 @@ class Quantizer(nn.Module):
     def nearest(self, z):
         """Codes nearest to latents z (B, D, H, W), in the shape of z, float32. Changes no state."""
         rows = z.permute(0, 2, 3, 1)  # (B, H, W, D)
-        indices = nearest_code(self._on_sphere(rows.reshape(-1, self.dim).float()), self.codebook, self.mahalanobis)
+        indices = nearest_code(self._on_sphere(rows.reshape(-1, self.dim).float()), self.codebook)
         return self.codes(indices).view(rows.shape).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def _train_step(self, z):
-        if self.whitening:
-            self._adapt_distance(z)
         if not self.initialized:
             self.initialize(z)
             self.initialized = True
@@ -621,25 +589,6 @@ class Quantizer(nn.Module):
         quantized = self.codes(indices)  # before the update
         self.update(z, stats)
         return quantized, indices
-
-    def _adapt_distance(self, z):
-        """Set the matrix of the distance for this step from latents z (N, D)."""
-        eye = torch.eye(self.dim, device=z.device)
-        whiteness = self.whitening * (1 - self.fraction)
-        if whiteness == 0:
-            self.gram = None
-            self.mahalanobis.copy_(eye)
-            return
-        self.gram = z.T @ z  # (D, D), by far the dearest line: BA-VQ takes its norms from it as well
-        moments = F.pad(self.gram, (0, 1, 0, 1))  # (D + 1, D + 1)
-        moments[-1] = moments[:, -1] = F.pad(z.sum(0), (0, 1), value=len(z))
-        moments = all_reduce(moments) / (len(z) * world_size())
-        self.moments.lerp_(moments, 1 - self.ema_decay if self.initialized else 1.0)
-        mean = self.moments[:-1, -1]  # (D,)
-        covariance = self.moments[:-1, :-1] - mean.outer(mean)  # (D, D)
-        root = inverse_root(covariance)
-        root *= covariance.trace() / (root * covariance).sum().clamp_min(1e-30)  # mean squared distances keep their scale
-        self.mahalanobis.copy_(whiteness * root + (1 - whiteness) * eye)
 
     def _on_sphere(self, vectors):
         return F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors
@@ -689,8 +638,8 @@ class VQEMAQuantizer(Quantizer):
     """
 
     def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25, restart_threshold=0.1,
-                 whitening=0.0, anneal_fraction=0.5, recipe="tuned"):
-        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold, whitening, anneal_fraction)
+                 recipe="tuned"):
+        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold)
         self.recipe = recipe
 
     def initialize(self, z):
@@ -704,7 +653,7 @@ class VQEMAQuantizer(Quantizer):
 
     def assign(self, z):
         """z (N, D) -> nearest codes (N,) and their [sum of vectors, count] (K, D + 1)."""
-        indices = nearest_code(z, self.codebook, self.mahalanobis)
+        indices = nearest_code(z, self.codebook)
         stats = torch.zeros_like(self.ema).index_add_(0, indices, F.pad(z, (0, 1), value=1.0))
         return indices, all_reduce(stats)
 
@@ -737,20 +686,19 @@ class BAQuantizer(Quantizer):
     """
 
     def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25, restart_threshold=0.1,
-                 whitening=0.0, anneal_fraction=0.5, entropy_weight=math.inf, temperature_start=0.2, temperature_end=0.02,
-                 ba_iters=1):
-        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold, whitening, anneal_fraction)
+                 entropy_weight=10.0, temperature_start=0.2, temperature_end=0.02, anneal_fraction=0.5, ba_iters=1):
+        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold)
         self.entropy_weight, self.ba_iters = entropy_weight, ba_iters
-        self.temperature_start, self.temperature_end = temperature_start, temperature_end
+        self.temperature_start, self.temperature_end, self.anneal_fraction = temperature_start, temperature_end, anneal_fraction
         self.register_buffer("log_w", torch.zeros(codebook_size))
         self.register_buffer("temperature", torch.tensor(temperature_start))
         self.register_buffer("distortion", torch.tensor(1.0))  # EMA of the squared distance to the nearest code
 
     def set_progress(self, progress):
-        """Set the relative temperature and the distance for training progress in [0, 1]."""
-        super().set_progress(progress)
+        """Set the relative temperature."""
+        fraction = min(1.0, progress / self.anneal_fraction) if self.anneal_fraction > 0 else 1.0
         ratio = self.temperature_end / self.temperature_start
-        self.temperature.fill_(self.temperature_start * ratio ** self.fraction)
+        self.temperature.fill_(self.temperature_start * ratio ** fraction)
 
     def initialize(self, z):
         super().initialize(z)
@@ -758,10 +706,10 @@ class BAQuantizer(Quantizer):
 
     def assign(self, z):
         """E-step and prior step. z (N, D) -> nearest codes (N,) and soft [sum of vectors, count] (K, D + 1)."""
-        squared_norm = z.square().sum() if self.gram is None else (self.gram * self.mahalanobis).sum()  # sum z^T M z
+        squared_norm = z.square().sum()
         tau = (self.temperature * self.distortion).clamp_min(1e-30)
         for _ in range(self.ba_iters):
-            batch = soft_assign(z, self.codebook, self.log_w, tau, self.mahalanobis)
+            batch = soft_assign(z, self.codebook, self.log_w, tau)
             distortion = (squared_norm - 2 * batch.score).clamp_min(0)
             scalars = torch.stack([distortion, batch.overlap, z.new_full((), float(len(z)))])
             everything = all_reduce(torch.cat([batch.stats.flatten(), scalars]))
@@ -787,10 +735,11 @@ class BAQuantizer(Quantizer):
 def make_quantizer(config):
     """The quantizer that a Config describes."""
     common = (config.codebook_size, config.latent_dim, config.metric, config.ema_decay, config.commitment_weight,
-              config.restart_threshold, config.whitening, config.anneal_fraction)
+              config.restart_threshold)
     if config.quantizer == "vq_ema":
         return VQEMAQuantizer(*common, config.vq_recipe)
-    return BAQuantizer(*common, config.entropy_weight, config.temperature_start, config.temperature_end, config.ba_iters)
+    return BAQuantizer(*common, config.entropy_weight, config.temperature_start, config.temperature_end, config.anneal_fraction,
+                       config.ba_iters)
 
 
 # ----------------------------------------------------------------------------------------
@@ -817,6 +766,8 @@ class VQVAE(nn.Module):
         self.encoder = encoder(hidden_dim, latent_dim, downsample)
         self.quantizer = quantizer
         self.decoder = decoder(hidden_dim, latent_dim, downsample)
+        for network in (self.encoder, self.decoder[:-2]):  # not the output
+            unit_gain(network)
 
     def latents(self, x: torch.Tensor, refine: int = 0) -> torch.Tensor:
         """Images (B, 3, S, S) -> encoder outputs (B, D, S/f, S/f), after `refine` passes of `refined`.
@@ -1273,7 +1224,12 @@ def read_checkpoint(path: str | Path) -> dict:
 def load_state(model, state, path):
     """Load checkpoint weights into a model. Raises UserError where they do not fit."""
     try:
-        model.load_state_dict(state["model"])
+        weights = dict(state["model"])
+        weights.pop("quantizer.moments", None)
+        whitened = weights.pop("quantizer.mahalanobis", None)  # of version 2; the Euclidean distance once the whitening is over
+        if whitened is not None and not torch.equal(whitened, torch.eye(len(whitened))):
+            raise KeyError("a whitened distance, which only an earlier version of vqvae.py has")
+        model.load_state_dict(weights)
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: the weights do not fit the model of its config ({reason})") from error
@@ -1301,8 +1257,10 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def stored_config(values: dict) -> Config:
-    """The Config of a run of any version: a setting that did not exist yet is off. Raises UserError, or TypeError for no dict."""
-    return Config.from_dict({"whitening": 0.0, **values})
+    """The Config of a run of any version, less the `whitening` of versions 1 and 2. Raises UserError, or TypeError for no dict."""
+    values = {**values}
+    values.pop("whitening", None)
+    return Config.from_dict(values)
 
 
 def identity(config: Config) -> dict:
@@ -1332,7 +1290,10 @@ def check_run_folder(config):
             raise UserError(f"{folder}: no run to resume; drop --resume to start one")
         return folder
     if not config.overwrite:
-        old, new = identity(stored_config(read_yaml(stored))), identity(config)
+        values = read_yaml(stored)
+        if values.get("whitening"):
+            raise UserError(f"{folder}: holds a run of an earlier version, with whitening; choose another --name or add --overwrite")
+        old, new = identity(stored_config(values)), identity(config)
         changes = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
         if changes:
             raise UserError(f"{folder}: holds a run of another config ({', '.join(changes)}); "

@@ -1,6 +1,6 @@
 """Train quantizers in the same autoencoder, loop, schedule, batch order and seeds; compare them.
 
-    python benchmarks/compare.py --methods vq_ema,ba_vq --codebook_sizes 512 --latent_dims 8,64 --seeds 0,1,2 --jobs 2 \
+    python benchmarks/compare.py --methods vq_ema,ba_vq_lambda10 --codebook_sizes 512 --latent_dims 8,64 --seeds 0,1,2 --jobs 2 \
         --epochs 2 --hidden_dim 64                      # further flags go to train.py
     python benchmarks/compare.py --summary              # results/compare/*.json -> summary.md, rate_distortion.png
 
@@ -34,11 +34,7 @@ import vqvae  # noqa: E402
 METHODS = {
     "vq_ema_classical": ["--quantizer", "vq_ema", "--vq_recipe", "classical"],
     "vq_ema": ["--quantizer", "vq_ema"],
-    "vq_ema_whitened": ["--quantizer", "vq_ema", "--whitening", "1"],
-    "ba_vq": ["--quantizer", "ba_vq", "--entropy_weight", "inf"],
-    **{f"ba_vq_lambda{w}": ["--quantizer", "ba_vq", "--entropy_weight", str(w)] for w in (0, 1, 3, 10, 30, 100, 300)},
-    "ba_vq_euclid": ["--quantizer", "ba_vq", "--entropy_weight", "inf", "--whitening", "0"],
-    "ba_vq_euclid_lambda10": ["--quantizer", "ba_vq", "--entropy_weight", "10", "--whitening", "0"],
+    **{f"ba_vq_lambda{w}": ["--quantizer", "ba_vq", "--entropy_weight", w] for w in "0 1 3 10 30 100 300 inf".split()},
     # peers.py builds these; the flags are their settings of the loop. The last four are without warm-up (LOG.md).
     **{name: ["--quantizer", "vq_ema"] for name in peers.PEERS},
     **{name: ["--quantizer", "vq_ema", "--warmup_fraction", "0"] for name in ("lib_simvq", "lib_fsq", "lib_lfq", "sq_vae")},
@@ -147,7 +143,7 @@ def rate_distortion_figure(path, dim=8, hidden=64, epochs=2):
         for name, runs in sorted(methods.items()):
             rate = statistics.mean(r["bits_per_index"] for r in runs.values())
             quality = statistics.mean(r["psnr"] for r in runs.values())
-            if name == "ba_vq" or name.startswith("ba_vq_lambda"):
+            if name.startswith("ba_vq_lambda"):
                 curve.append((float(next(iter(runs.values()))["config"]["entropy_weight"]), rate, quality))
                 continue
             looks.setdefault(name, dict(color=COLOURS[len(looks) % len(COLOURS)], marker=MARKERS[len(looks) % len(MARKERS)]))
@@ -178,7 +174,7 @@ def rate_distortion_figure(path, dim=8, hidden=64, epochs=2):
 def parse(argv):
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     names = ", ".join(METHODS)
-    parser.add_argument("--methods", default="vq_ema,ba_vq", metavar="A,B", help=f"of {names}")
+    parser.add_argument("--methods", default="vq_ema,ba_vq_lambda10", metavar="A,B", help=f"of {names}")
     parser.add_argument("--codebook_sizes", default="512", metavar="K,K", help="default 512")
     parser.add_argument("--latent_dims", default="8", metavar="D,D", help="default 8")
     parser.add_argument("--seeds", default="0,1,2", metavar="S,S", help="default 0,1,2")

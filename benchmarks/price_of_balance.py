@@ -92,7 +92,7 @@ def price(path, weights, passes, seed):
         settings = {"VQ-EMA": dict(quantizer="vq_ema", vq_recipe="tuned"),
                     **{f"BA-VQ λ={w:g}".replace("inf", "∞"): dict(quantizer="ba_vq", entropy_weight=w) for w in weights}}
         for name, values in settings.items():
-            fitted = fit(dataclasses.replace(config, whitening=0.0, **values), z, passes, seed)
+            fitted = fit(dataclasses.replace(config, **values), z, passes, seed)
             record["fits"][name] = measure(model, fitted, val_images)
     share = 1 - 10 ** ((record["fits"]["VQ-EMA"]["psnr"] - plain) / 10)  # of the squared error, due to the quantizer
     record["theory_psnr"] = -10 * math.log10(1 + share * (balanced_to_best(d) - 1))

@@ -105,7 +105,7 @@ BAD_FLAGS = [
     "--train_subset 0", "--train_subset -3", "--train_subset 10001 --dataset dead_leaves --val_size 9",
     "--test_subset 0", "--test_subset 2001 --dataset dead_leaves --val_size 9", "--name ../escape", "--name a/b",
     "--name .hidden", "--name ''", "--name /etc/passwd", "--name ..", "--config nowhere.yaml", "--config .", "--confg x",
-    "--quantiser ba_vq", "--whitening 2", "--whitening 1 --metric cosine",
+    "--quantiser ba_vq", "--whitening 1",
     "--resume", "--resume --overwrite", "--dataset folder --data_dir nowhere", "--epochs 3 4", "extra", "--wandb=yes",
     "--out_dir ''", "--data_dir ''", "--deterministic=1", "--extra\nline", "--dataset folder --data_dir a\nb",
     "--dataset folder --data_dir " + "d" * 300, "--out_dir " + "o" * 300, "--config " + "c" * 300, "--name " + "n" * 200,

@@ -23,24 +23,24 @@ def test_one_json_per_run_and_no_repetition(results, tiny, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     flags = [w for k, v in tiny(epochs=1).items() if k not in ("name", "codebook_size", "latent_dim", "out_dir")
              for w in (f"--{k}", str(v))]
-    line = compare.run("ba_vq", 16, 4, 1, flags, threads=1)
-    record = json.loads((results / "ba_vq_k16_d4_h8_e1_s1.json").read_text())
-    assert "PSNR" in line and record["seed"] == 1 and record["method"] == "ba_vq" and record["seconds"] > 0
+    line = compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
+    record = json.loads((results / "ba_vq_lambda10_k16_d4_h8_e1_s1.json").read_text())
+    assert "PSNR" in line and record["seed"] == 1 and record["method"] == "ba_vq_lambda10" and record["seconds"] > 0
     assert record["refined_psnr"] != record["psnr"] and 0 < record["refined_usage_rate"] <= 1
-    assert "--methods ba_vq --codebook_sizes 16 --latent_dims 4 --seeds 1" in record["command"]
-    assert "done before" in compare.run("ba_vq", 16, 4, 1, flags, threads=1)
+    assert "--methods ba_vq_lambda10 --codebook_sizes 16 --latent_dims 4 --seeds 1" in record["command"]
+    assert "done before" in compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
 
 
 def test_summary_by_hand(results, tiny_config):
-    for method, values in (("vq_ema", [20.0, 21.0, 22.0]), ("ba_vq", [20.5, 21.6, 22.4])):
+    for method, values in (("vq_ema", [20.0, 21.0, 22.0]), ("ba_vq_lambda10", [20.5, 21.6, 22.4])):
         for seed, psnr in enumerate(values):
             record = {"method": method, "seed": seed, "psnr": psnr, "perplexity": 8.0, "usage_rate": 1.0,
                       "config": tiny_config(seed=seed).to_dict()}
             (results / f"{method}_{seed}.json").write_text(json.dumps(record))
     text = compare.summary()
     # differences 0.5, 0.6, 0.4: mean 0.5, deviation 0.1, t = 0.5 / (0.1 / sqrt 3) = 8.66, p = 0.013
-    assert "| ba_vq | 3 | 21.50 ± 0.95 | 8.0 ± 0.0 | 50.0% | 100.0% | +0.500 ± 0.100 | 0.013 |" in text
-    assert text.index("ba_vq") < text.index("| vq_ema |")
+    assert "| ba_vq_lambda10 | 3 | 21.50 ± 0.95 | 8.0 ± 0.0 | 50.0% | 100.0% | +0.500 ± 0.100 | 0.013 |" in text
+    assert text.index("ba_vq_lambda10") < text.index("| vq_ema |")
 
 
 @pytest.mark.parametrize("words", [["--methods", "magic"], ["--seeds", "x"], ["--codebook_sizes", "512,"], ["--lr", "fast"],
@@ -53,7 +53,7 @@ def test_bad_words(words, results, capsys):
 
 def test_rate_distortion_figure(results, tiny_config, tmp_path):
     config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, epochs=2).to_dict()
-    for method, bits in (("vq_ema", 3.5), ("ba_vq", 3.9), ("ba_vq_lambda10", 3.7)):
+    for method, bits in (("vq_ema", 3.5), ("ba_vq_lambdainf", 3.9), ("ba_vq_lambda10", 3.7)):
         record = {"method": method, "seed": 0, "psnr": 20 + bits, "bits_per_index": bits, "config": config}
         (results / f"{method}.json").write_text(json.dumps(record))
     compare.rate_distortion_figure(tmp_path / "figure.png")

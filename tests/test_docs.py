@@ -108,7 +108,7 @@ def test_the_table_is_sortable(tiny_config):
 
 def test_cell_radii_by_hand():
     class Model:
-        quantizer = SimpleNamespace(codebook=torch.tensor([[0.0], [10.0], [99.0]]), metric="euclid", mahalanobis=None)
+        quantizer = SimpleNamespace(codebook=torch.tensor([[0.0], [10.0], [99.0]]), metric="euclid")
 
         def latents(self, x):
             return torch.tensor([3.0, -4.0, 12.0]).view(3, 1, 1, 1)

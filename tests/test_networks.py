@@ -113,6 +113,15 @@ def test_refinement_changes_no_state_and_works_in_inference_mode(metric):
         assert ((same - other).abs() < 1e-4).float().mean() > 0.98  # a code may flip on a tie
 
 
+def test_weights_start_with_variance_one_over_fan_in():
+    """All but those of the output layer, which keeps PyTorch's third."""
+    model = VQVAE(BAQuantizer(16, 64), hidden_dim=64, latent_dim=64)
+    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))]
+    gains = {layer: layer.weight.var().item() * layer.weight[0].numel() for layer in layers}
+    output = gains.pop(model.decoder[-2])
+    assert output == pytest.approx(1 / 3, rel=0.1) and list(gains.values()) == pytest.approx([1.0] * len(gains), rel=0.1)
+
+
 def test_weights_come_from_the_seed():
     one, two, other = (vqvae.make_model(Config(hidden_dim=8, latent_dim=4, seed=s)) for s in (1, 1, 2))
     assert torch.equal(one.encoder[1].weight, two.encoder[1].weight)

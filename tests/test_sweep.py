@@ -277,18 +277,16 @@ def test_runs_are_compared_only_under_equal_settings(tiny_config):
     assert [(p["ba_vq"], p["vq_ema"]) for p in analysis.differences(records)] == [("b", "a")]
 
 
-def test_whitening_belongs_to_the_quantizer(tiny_config):
-    """BA-VQ with its default whitening is compared with VQ-EMA without; earlier runs had none."""
+def test_runs_of_earlier_versions_are_compared_too(tiny_config):
     metrics = {"psnr": 1.0, "ssim": 0.5, "perplexity": 2.0, "usage_rate": 1.0, "bits_per_index": 1.0}
     for name in ("vq_ema", "ba_vq"):
         config = tiny_config(name=name, quantizer=name)
         folder = vqvae.Path(config.out_dir) / name
         folder.mkdir(parents=True)
         vqvae.write_json(folder / "final_metrics.json", {**metrics, "config": config.to_dict()})
-    old = {key: value for key, value in tiny_config(name="old").to_dict().items() if key != "whitening"}
+    old = {**tiny_config(name="old", entropy_weight="inf").to_dict(), "whitening": 1.0}
     (folder.parent / "old").mkdir()
     vqvae.write_json(folder.parent / "old" / "final_metrics.json", {**metrics, "config": old})
     records = analysis.load_runs(analysis.find_runs(folder.parent))
-    assert [r["method"] for r in records] == ["BA-VQ λ=inf whitened", "BA-VQ λ=inf", "VQ-EMA tuned"]
-    assert [r["config"]["whitening"] for r in records] == [1.0, 0.0, 0.0]
+    assert [r["method"] for r in records] == ["BA-VQ λ=10", "BA-VQ λ=inf", "VQ-EMA tuned"]
     assert len(analysis.differences(records)) == 2

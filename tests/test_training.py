@@ -136,13 +136,35 @@ def test_overwrite_never_clears_a_foreign_folder(tiny_config, tmp_path):
     assert precious.read_text() == "years of work"
 
 
-def test_a_run_from_before_a_setting_existed_is_another_run(tiny_config):
+@pytest.mark.parametrize("whitening", [0.0, 1.0])
+def test_a_run_of_an_earlier_version_is_the_same_unless_it_was_whitened(tiny_config, whitening):
+    config = tiny_config()
+    done = vqvae.train(config)
+    stored = vqvae.Path(config.out_dir) / config.name / "config.yaml"
+    stored.write_text(stored.read_text() + f"whitening: {whitening}\n")
+    if not whitening:
+        assert vqvae.train(config) == done
+        return
+    with pytest.raises(vqvae.UserError, match="earlier version, with whitening"):
+        vqvae.train(config)
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_a_whitened_model_loads_once_its_distance_is_euclidean(tiny_config, over):
     config = tiny_config()
     vqvae.train(config)
-    stored = vqvae.Path(config.out_dir) / config.name / "config.yaml"
-    stored.write_text("".join(line for line in stored.read_text().splitlines(True) if not line.startswith("whitening")))
-    with pytest.raises(vqvae.UserError, match=r"another config \(whitening 0.0 -> 1.0\)"):
-        vqvae.train(config)
+    path = vqvae.Path(config.out_dir) / config.name / "final_model.pt"
+    state = torch.load(path, weights_only=True)
+    state["format_version"], state["config"]["whitening"] = 2, 1.0
+    state["model"]["quantizer.moments"] = torch.zeros(5, 5)
+    state["model"]["quantizer.mahalanobis"] = torch.eye(4) if over else 0.5 + torch.eye(4)
+    torch.save(state, path)
+    if over:
+        model, loaded = vqvae.load_model(path)
+        assert loaded == config and torch.equal(model.quantizer.codebook, state["model"]["quantizer.codebook"])
+        return
+    with pytest.raises(vqvae.UserError, match="a whitened distance"):
+        vqvae.load_model(path)
 
 
 def test_two_runs_of_one_name_at_once(tiny_config):
@@ -485,12 +507,11 @@ def test_no_host_sync_in_a_training_step():
 
 @pytest.mark.parametrize("name", ["vq_ema_k128_s0", "ba_vq_k128_s0"])
 def test_a_checkpoint_of_format_version_1_stays_loadable(name):
-    """Small runs, written before whitening existed."""
+    """Small runs of the first version."""
     folder = ROOT / "tests" / "format_1" / name
     assert torch.load(folder / "final_model.pt", weights_only=True)["format_version"] == 1
     model, config = vqvae.load_model(folder / "final_model.pt")
     stored = json.loads((folder / "final_metrics.json").read_text())
     metrics = vqvae.evaluate(model, vqvae.test_images(config), config.codebook_size)
-    assert config.whitening == 0
     assert metrics["psnr"] == pytest.approx(stored["psnr"], abs=1e-3)
     assert metrics["perplexity"] == pytest.approx(stored["perplexity"], rel=1e-3)
