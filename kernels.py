@@ -113,6 +113,7 @@ def soft_assign(z, codebook, log_w, temperature):
     with torch.cuda.device_of(z):
         _row_pass[(triton.cdiv(n, block_n),)](z, codebook, half_norms, log_w, temperature, best, log_sum, indices, n, k,
                                               d, step, block_n, block_k, PRECISION, **launch)
-        _column_pass[(column_blocks, shares)](z, codebook, half_norms, log_w, temperature, best, log_sum, stats, squares, n, k, share,
-                                              d, step, max(16, triton.next_power_of_2(d)), block_n, block_k, PRECISION, **launch)
+        _column_pass[(column_blocks, shares)](z, codebook, half_norms, log_w, temperature, best, log_sum, stats, squares, n, k,
+                                              share, d, step, max(16, triton.next_power_of_2(d)), block_n, block_k, PRECISION,
+                                              **launch)
     return vqvae.Assignment(indices, stats.sum(0), best.sum(), n - squares.sum())

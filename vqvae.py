@@ -1257,7 +1257,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def stored_config(values: dict) -> Config:
-    """The Config of a run of any version, less the `whitening` of versions 1 and 2. Raises UserError, or TypeError for no dict."""
+    """The Config of a run of any version, less the `whitening` of version 2. Raises UserError, or TypeError for no dict."""
     values = {**values}
     values.pop("whitening", None)
     return Config.from_dict(values)
@@ -1292,7 +1292,8 @@ def check_run_folder(config):
     if not config.overwrite:
         values = read_yaml(stored)
         if values.get("whitening"):
-            raise UserError(f"{folder}: holds a run of an earlier version, with whitening; choose another --name or add --overwrite")
+            raise UserError(f"{folder}: holds a run of an earlier version, with whitening; "
+                            "choose another --name or add --overwrite")
         old, new = identity(stored_config(values)), identity(config)
         changes = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
         if changes:

@@ -34,7 +34,7 @@ import vqvae  # noqa: E402
 METHODS = {
     "vq_ema_classical": ["--quantizer", "vq_ema", "--vq_recipe", "classical"],
     "vq_ema": ["--quantizer", "vq_ema"],
-    **{f"ba_vq_lambda{w}": ["--quantizer", "ba_vq", "--entropy_weight", w] for w in "0 1 3 10 30 100 300 inf".split()},
+    **{f"ba_vq_lambda{w:g}": ["--quantizer", "ba_vq", "--entropy_weight", str(w)] for w in (0, 1, 3, 10, 30, 100, 300, math.inf)},
     # peers.py builds these; the flags are their settings of the loop. The last four are without warm-up (LOG.md).
     **{name: ["--quantizer", "vq_ema"] for name in peers.PEERS},
     **{name: ["--quantizer", "vq_ema", "--warmup_fraction", "0"] for name in ("lib_simvq", "lib_fsq", "lib_lfq", "sq_vae")},
