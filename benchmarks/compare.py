@@ -129,7 +129,7 @@ def summary():
 
 
 def rate_distortion_figure(path, dim=8, hidden=64, epochs=2):
-    """PNG: PSNR against the entropy of the indices, means over seeds; BA-VQ a curve over lambda for each K, the others points.
+    """PNG: PSNR against the entropy of the indices, means over the seeds that all have; BA-VQ a curve over lambda for each K.
 
     Left everything, right the neighbourhood of the longest curve.
     """
@@ -137,12 +137,13 @@ def rate_distortion_figure(path, dim=8, hidden=64, epochs=2):
     both = figure.subplots(1, 2)
     looks, curves = {}, []
     for (dataset, size, d, h, e), methods in sorted(load_results().items()):
-        if (dataset, d, h, e) != ("cifar10", dim, hidden, epochs):
+        shared = set.intersection(*map(set, methods.values()))  # seeds
+        if (dataset, d, h, e) != ("cifar10", dim, hidden, epochs) or not shared:
             continue
         curve = []  # (lambda, rate, quality)
         for name, runs in sorted(methods.items()):
-            rate = statistics.mean(r["bits_per_index"] for r in runs.values())
-            quality = statistics.mean(r["psnr"] for r in runs.values())
+            rate = statistics.mean(runs[seed]["bits_per_index"] for seed in shared)
+            quality = statistics.mean(runs[seed]["psnr"] for seed in shared)
             if name.startswith("ba_vq_lambda"):
                 curve.append((float(next(iter(runs.values()))["config"]["entropy_weight"]), rate, quality))
                 continue
