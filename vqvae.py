@@ -1224,7 +1224,7 @@ def read_checkpoint(path: str | Path) -> dict:
 def load_state(model, state, path):
     """Load checkpoint weights into a model. Raises UserError where they do not fit."""
     try:
-        weights = dict(state["model"])
+        weights = {**state["model"]}
         weights.pop("quantizer.moments", None)
         whitened = weights.pop("quantizer.mahalanobis", None)  # of version 2; the Euclidean distance once the whitening is over
         if whitened is not None and not torch.equal(whitened, torch.eye(len(whitened))):

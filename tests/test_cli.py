@@ -244,7 +244,7 @@ def damaged_checkpoints(good, folder):
                "bad config": {**state, "config": {**state["config"], "lr": "fast"}},
                "unknown setting": {**state, "config": {**state["config"], "surprise": 1}},
                "missing weights": {**state, "model": {}}, "model is a list": {**state, "model": [1]},
-               "config is a list": {**state, "config": [1]}}
+               "model is text": {**state, "model": "ab"}, "config is a list": {**state, "config": [1]}}
     for name, content in files.items():
         (folder / f"{name}.pt").write_bytes(content)
     for name, content in objects.items():

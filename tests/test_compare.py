@@ -58,3 +58,7 @@ def test_rate_distortion_figure(results, tiny_config, tmp_path):
         (results / f"{method}.json").write_text(json.dumps(record))
     compare.rate_distortion_figure(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+    for name, seed, psnr in (("one method's own seed", 1, 50.0), ("a seed of all", 0, 30.0)):
+        (results / "vq_ema_again.json").write_text(json.dumps({**record, "method": "vq_ema", "seed": seed, "psnr": psnr}))
+        compare.rate_distortion_figure(tmp_path / "again.png")
+        assert ((tmp_path / "again.png").read_bytes() == (tmp_path / "figure.png").read_bytes()) == (seed == 1), name
