@@ -1,9 +1,11 @@
-"""What does equal use of all codes cost in PSNR? Latents that do not move, theory beside measurement.
+"""What does equal use of all codes cost in PSNR, and what would the best codebook bring? Latents that do not move, theory beside.
 
     python benchmarks/price_of_balance.py experiments/ba_vq_k512 [--passes 4]     # any trained runs, or their final_model.pt
 
 The encoder and decoder of a run stay as they are; only codebooks are fitted to its training latents, by VQ-EMA and by BA-VQ
-at several lambda, and measured on its validation images: whatever differs is the price of how the codes are used.
+at several lambda, and measured on its validation images: whatever differs is the price of how the codes are used. Lloyd's
+algorithm (1982, IEEE Trans. IT 28(2)) from VQ-EMA's codebook shows what is left to gain by moving codes, the squared error by
+direction whether another direction of the latents would pay: not while its error, uncoded, is below that of a coded one.
 
 Theory: at high resolution the squared error of codes with density g(x) is E[g^(-2/d)] up to a constant (Zador 1982, IEEE
 Trans. IT 28(2)). It is least for g ~ p^(d/(d+2)), p the density of the latents; cells of equal mass have g = p. For a Gaussian
@@ -19,6 +21,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +63,45 @@ def fit(config, z, passes, seed):
 
 
 @torch.no_grad()
+def lloyd(quantizer, z, iterations=20):
+    """`quantizer` with its codes moved by Lloyd's algorithm on all latents z (N, D) at once."""
+    for _ in tqdm(range(iterations), desc="Lloyd", leave=False, disable=None):
+        indices = vqvae.nearest_code(z, quantizer.codebook)
+        stats = torch.zeros_like(quantizer.ema).index_add_(0, indices, F.pad(z, (0, 1), value=1.0))  # (K, D + 1)
+        counts = stats[:, -1:]
+        quantizer.codebook.copy_(torch.where(counts > 0, stats[:, :-1] / counts.clamp_min(1), quantizer.codebook))
+    return quantizer
+
+
+def error_by_direction(model, images, probes=8):
+    """The squared error of one tile (f x f pixels, f = downsample) of images uint8 (N, S, S, 3), in two bases.
+
+    Returns ((D,) the quantizer's error, in the image to first order, along the directions of the latents by falling variance
+    in the image, (3 f^2,) the whole error along the principal axes of what is left of a tile, falling). The directions are
+    eigenvectors of S^(1/2) C S^(1/2), C the covariance of the latents, S = E[J^T J] of the decoder's J, by random probes.
+    """
+    x = vqvae.to_float(images)
+    with torch.no_grad():
+        z = model.latents(x)
+        codes = model.quantizer.nearest(z).requires_grad_()  # (N, D, H, W)
+    with torch.enable_grad():
+        y = model.reconstruct(codes)
+        gradients = [torch.autograd.grad(y, codes, torch.randn_like(y), retain_graph=True)[0] for _ in range(probes)]
+
+    def second_moment(parts):
+        rows = torch.cat([part.permute(0, 2, 3, 1).flatten(0, 2) for part in parts])  # (M, D)
+        return rows.T @ rows / len(rows)
+
+    values, vectors = torch.linalg.eigh(second_moment(gradients))
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T  # S^(1/2)
+    centred = z - z.mean((0, 2, 3), keepdim=True)
+    _, directions = torch.linalg.eigh(root @ second_moment([centred]) @ root)
+    errors = (directions.T @ root @ second_moment([z - codes.detach()]) @ root @ directions).diagonal().flip(0)
+    left = torch.linalg.eigvalsh(second_moment([F.pixel_unshuffle(x - y.detach(), model.downsample)])).flip(0)
+    return errors, left
+
+
+@torch.no_grad()
 def measure(model, quantizer, images):
     """Distortion, PSNR and perplexity of a quantizer between a model's encoder and decoder."""
     whole, model.quantizer = model.quantizer, quantizer
@@ -94,6 +136,11 @@ def price(path, weights, passes, seed):
         for name, values in settings.items():
             fitted = fit(dataclasses.replace(config, **values), z, passes, seed)
             record["fits"][name] = measure(model, fitted, val_images)
+            if name == "VQ-EMA":
+                record["fits"]["the same, then Lloyd"] = measure(model, lloyd(fitted, z), val_images)
+        torch.manual_seed(seed)
+        errors, left = error_by_direction(model, val_images[:500])
+        record.update({"error_by_direction": errors.tolist(), "error_left": left.tolist()})
     share = 1 - 10 ** ((record["fits"]["VQ-EMA"]["psnr"] - plain) / 10)  # of the squared error, due to the quantizer
     record["theory_psnr"] = -10 * math.log10(1 + share * (balanced_to_best(d) - 1))
     return record
@@ -109,6 +156,9 @@ def report(record):
         f"{record['run']}: K={size}, {record['live_directions']} live directions, without quantizer "
         f"{record['unquantized_psnr']:.2f} dB.",
         f"Theory, balanced against best: distortion × {record['theory_distortion']:.3f}, PSNR {record['theory_psnr']:+.3f} dB.",
+        *(f"{what}: {', '.join(f'{e:.4f}' for e in record[key][:12])}" for what, key in (
+            ("Squared error of a tile by direction of the latents", "error_by_direction"),
+            ("Largest components of all that is left", "error_left"))),
         "", table(["quantizer", "perplexity/K", "distortion / VQ-EMA", "PSNR dB", "Δ PSNR dB"], rows), ""])
 
 

@@ -35,6 +35,53 @@ def test_live_directions_by_reverse_water_filling():
     assert price_of_balance.live_directions(covariance, 0.5) == 1
 
 
+def test_lloyd_ends_where_each_code_is_the_mean_of_its_cell():
+    torch.manual_seed(0)
+    z = torch.randn(600, 2)
+    quantizer = vqvae.VQEMAQuantizer(8, 2)
+    quantizer.codebook.copy_(z[:8])
+    quantizer.codebook[7] = 100.0  # a code that gets nothing
+    before = (z - quantizer.codebook[vqvae.nearest_code(z, quantizer.codebook)]).square().sum()
+    price_of_balance.lloyd(quantizer, z, iterations=200)
+    indices = vqvae.nearest_code(z, quantizer.codebook)
+    assert (z - quantizer.codebook[indices]).square().sum() < 0.9 * before
+    for k in range(7):
+        assert torch.allclose(quantizer.codebook[k], z[indices == k].mean(0), atol=1e-5)
+    assert (quantizer.codebook[7] == 100).all()
+
+
+class LinearAutoencoder:
+    """Tiles of 2x2 pixels from two latents by orthogonal directions of gain 1 and 3; whole numbers are the codes."""
+
+    downsample = 2
+
+    def __init__(self):
+        basis, _ = torch.linalg.qr(torch.randn(12, 2, generator=torch.Generator().manual_seed(0)))
+        self.weight = (basis * torch.tensor([1.0, 3.0]))[:, :, None, None]  # (12, 2, 1, 1)
+        self.quantizer = self
+
+    def nearest(self, z):
+        return z.round()
+
+    def reconstruct(self, codes):
+        return torch.nn.functional.pixel_shuffle(torch.nn.functional.conv2d(codes, self.weight), 2)
+
+    def latents(self, x):
+        return self.z
+
+
+def test_error_by_direction_of_a_linear_decoder(monkeypatch):
+    model = LinearAutoencoder()
+    model.z = torch.randn(50, 2, 4, 4, generator=torch.Generator().manual_seed(1)) * torch.tensor([10.0, 1.0]).view(2, 1, 1)
+    monkeypatch.setattr(vqvae, "to_float", lambda images: model.reconstruct(model.z))  # what it leaves is its quantizer's error
+    torch.manual_seed(2)
+    errors, left = price_of_balance.error_by_direction(model, None, probes=200)
+    small, large = (model.z - model.z.round()).square().mean((0, 2, 3)).tolist()  # both about 1/12
+    assert errors.tolist() == pytest.approx([small, 9 * large], rel=0.1)  # variance in the image: 100 and 9
+    assert left[:2].tolist() == pytest.approx([9 * large, small], rel=0.05)
+    assert left[2:].abs().max() < 1e-5
+
+
 def test_prices_of_a_run(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(price_of_balance, "RESULTS", tmp_path / "price.json")
     config = vqvae.Config(**tiny())
@@ -44,7 +91,10 @@ def test_prices_of_a_run(tiny, tmp_path, monkeypatch, capsys):
     price_of_balance.main([str(folder), "--entropy_weights", "1,inf", "--passes", "30"])
     record, = json.loads((tmp_path / "price.json").read_text())
     fits = record["fits"]
-    assert set(fits) == {"VQ-EMA", "BA-VQ λ=1", "BA-VQ λ=∞"}
+    assert set(fits) == {"VQ-EMA", "the same, then Lloyd", "BA-VQ λ=1", "BA-VQ λ=∞"}
+    assert fits["the same, then Lloyd"]["quantization_error"] < fits["VQ-EMA"]["quantization_error"]
+    assert len(record["error_by_direction"]) == config.latent_dim and len(record["error_left"]) == 3 * config.downsample**2
+    assert sum(record["error_left"]) == pytest.approx(3 * config.downsample**2 * 10 ** (-fits["VQ-EMA"]["psnr"] / 10), rel=0.2)
     assert fits["BA-VQ λ=∞"]["perplexity"] > fits["BA-VQ λ=1"]["perplexity"]
     assert all(fit["psnr"] < record["unquantized_psnr"] + 0.5 and fit["quantization_error"] > 0 for fit in fits.values())
     # The price in theory: the quantizer's part of the squared error grows by the factor of the distortion.
