@@ -21,6 +21,7 @@ Sources, cited below by name:
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import fcntl
@@ -299,6 +300,19 @@ def pick_precision(precision: str, device: torch.device) -> tuple[torch.dtype, s
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16, "the CPU has it"
     return torch.float32, "no fast bfloat16 on this device"
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory for the next step; given back, its pages fault in again: a tenth of a step on the CPU.
+
+    Blocks up to 32 MiB (its limit) come from the heap, which shrinks only when 2 GiB at its end are free. Other C libraries,
+    without mallopt, stay as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 # ----------------------------------------------------------------------------------------
@@ -1540,6 +1554,8 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     folder = check_run_folder(config)
     device, device_reason = pick_device(config.device)
     dtype, dtype_reason = pick_precision(config.precision, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.batch_size % world_size():
         raise UserError(f"batch_size: {config.batch_size} is not divisible by {world_size()} processes")
     done = folder / "final_metrics.json"

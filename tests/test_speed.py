@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -65,3 +66,27 @@ def test_peak_memory_of_a_large_step_stays_far_below_its_scores():
                "--codebook_sizes", "65536", "--latent_dims", "8", "--vectors", "2048"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert json.loads(done.stdout)["extra_bytes"] < 80 * 2**20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_freed_memory_is_kept_for_the_next_step():
+    program = """
+import resource, torch, vqvae
+if KEEP:
+    vqvae.keep_freed_memory()
+model = vqvae.make_model(vqvae.Config(hidden_dim=64, latent_dim=8))
+optimizer = torch.optim.AdamW(model.parameters())
+x = torch.rand(128, 3, 32, 32)
+faults = []
+for step in range(20):
+    vqvae.train_step(model, optimizer, x, torch.float32)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[9])
+"""
+    faults = []
+    for keep in ("True", "False"):
+        command = [sys.executable, "-c", program.replace("KEEP", keep)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        faults.append(int(done.stdout))
+    assert faults[0] < 0.05 * faults[1]
