@@ -633,6 +633,8 @@ class Quantizer(nn.Module):
         """
         mean_count = self.ema[:, -1].mean()
         dead = self.ema[:, -1:] < self.restart_threshold * mean_count  # (K, 1)
+        if z.device.type == "cpu" and not dead.any():  # elsewhere the question would wait for the device
+            return dead
         fresh = F.pad(self.distinct_rows(z), (0, 1), value=1.0) * mean_count  # (K, D + 1)
         self.ema.copy_(torch.where(dead, fresh, self.ema))
         return dead
