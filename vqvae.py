@@ -353,7 +353,9 @@ def decoder(hidden_dim, latent_dim, downsample):
 
 
 def unit_gain(network):
-    """Start the convolutions of a network at weights of variance 1 / fan-in (LeCun 1998); PyTorch's have a third of it.
+    """Start a network at three times PyTorch's variance of weights: 1 / fan-in for convolutions (LeCun 1998).
+
+    For the transposed ones it is a quarter of that, since PyTorch counts their fan-in by the outputs.
 
     With PyTorch's the latents start at a 30th of the images' scale and the network learns their directions one after
     another; those that are not there when the quantizer joins in get no codes, so never come (results/LOG.md).
@@ -385,7 +387,7 @@ def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | 
 
     distances: (N, K) d(x, k) >= 0, computed with in its own dtype (use float64 for tight tolerances).
     beta: slope >= 0, nats per unit of distortion.  source: (N,) p(x), default uniform.
-    prior: (K,) first q, default uniform.  tolerance: bound gap in bits.
+    prior: (K,) first q, positive, default uniform.  tolerance: bound gap in bits.
     Returns RateDistortion(P, q, rate in bits, distortion).
     Raises ValueError on bad arguments, RuntimeError if the gap is not reached in max_iterations.
     """
@@ -393,6 +395,10 @@ def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | 
         raise ValueError(f"distances must be a finite (N, K) matrix, got {tuple(distances.shape)}")
     if not (0 <= beta < math.inf):
         raise ValueError(f"beta must be finite and not negative, got {beta}")
+    if source is not None and not ((source >= 0).all() and 0 < source.sum() < math.inf):
+        raise ValueError("source must be probabilities, none negative")
+    if prior is not None and not ((prior > 0).all() and prior.sum() < math.inf):  # at 0 a code would stay for ever
+        raise ValueError("prior must be positive and finite")
     n, k = distances.shape
     p = distances.new_full((n,), 1 / n) if source is None else source / source.sum()  # (N,)
     log_q = distances.new_full((k,), -math.log(k)) if prior is None else (prior / prior.sum()).log()  # (K,)
@@ -527,6 +533,11 @@ def sample_rows(z, count):
     return all_reduce(torch.where(mine[:, None], z[pick % len(z)], 0))  # (count, D)
 
 
+def _surely_none(mask):
+    """Whether no entry of a bool tensor is set, as far as can be told without waiting for a GPU."""
+    return mask.device.type == "cpu" and not mask.any()
+
+
 class Quantizer(nn.Module):
     """Nearest-code quantizer with a codebook kept as an exponential moving average.
 
@@ -633,7 +644,7 @@ class Quantizer(nn.Module):
         """
         mean_count = self.ema[:, -1].mean()
         dead = self.ema[:, -1:] < self.restart_threshold * mean_count  # (K, 1)
-        if z.device.type == "cpu" and not dead.any():  # elsewhere the question would wait for the device
+        if _surely_none(dead):
             return dead
         fresh = F.pad(self.distinct_rows(z), (0, 1), value=1.0) * mean_count  # (K, D + 1)
         self.ema.copy_(torch.where(dead, fresh, self.ema))
@@ -1307,8 +1318,8 @@ def check_run_folder(config):
         return folder
     if not config.overwrite:
         values = read_yaml(stored)
-        if values.get("whitening"):
-            raise UserError(f"{folder}: holds a run of an earlier version, with whitening; "
+        if "whitening" in values:
+            raise UserError(f"{folder}: holds a run of an earlier version, which started from other weights; "
                             "choose another --name or add --overwrite")
         old, new = identity(stored_config(values)), identity(config)
         changes = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
@@ -1549,15 +1560,14 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
 
     config: Config.  quantizer: a module to use in place of the one that config describes (peers).
     Everything goes to out_dir/name. An unfinished run of the same config is continued from its newest
-    checkpoint; a finished one is returned as it is. Raises UserError, or Interrupted after Ctrl-C or
-    SIGTERM (the state is saved; the same call resumes).
+    checkpoint; a finished one is returned as it is. On the CPU this process keeps freed memory from
+    then on (`keep_freed_memory`). Raises UserError, or Interrupted after Ctrl-C or SIGTERM (the state
+    is saved; the same call resumes).
     """
     start_processes()
     folder = check_run_folder(config)
     device, device_reason = pick_device(config.device)
     dtype, dtype_reason = pick_precision(config.precision, device)
-    if device.type == "cpu":
-        keep_freed_memory()
     if config.batch_size % world_size():
         raise UserError(f"batch_size: {config.batch_size} is not divisible by {world_size()} processes")
     done = folder / "final_metrics.json"
@@ -1578,6 +1588,8 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     total_steps = steps_per_epoch * config.epochs
     warmup_steps = int(config.warmup_fraction * total_steps)
 
+    if device.type == "cpu":
+        keep_freed_memory()
     model = make_model(config, quantizer).to(device).to(memory_format=memory_format(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
     if config.compile:

@@ -65,9 +65,9 @@ def run(method, size, dim, seed, extra, threads):
     name = config.name
     target = RESULTS / f"{name}.json"
     if target.exists():
-        stored = vqvae.stored_config(json.loads(target.read_text())["config"])
-        if vqvae.identity(stored) != vqvae.identity(config):
-            raise vqvae.UserError(f"{target}: holds a run of other settings; move results/compare/ away first")
+        stored = json.loads(target.read_text())["config"]
+        if "whitening" in stored or vqvae.identity(vqvae.stored_config(stored)) != vqvae.identity(config):
+            raise vqvae.UserError(f"{target}: holds a run of other settings or an earlier version; move results/compare/ away")
         return f"{name}: done before"
     metrics = vqvae.train(config, quantizer)
     if quantizer is None:

@@ -1,11 +1,12 @@
-"""What does equal use of all codes cost in PSNR, and what would the best codebook bring? Latents that do not move, theory beside.
+"""What does equal use of all codes cost in PSNR, and could other codes do better? Latents that do not move, theory beside.
 
     python benchmarks/price_of_balance.py experiments/ba_vq_k512 [--passes 4]     # any trained runs, or their final_model.pt
 
-The encoder and decoder of a run stay as they are; only codebooks are fitted to its training latents, by VQ-EMA and by BA-VQ
-at several lambda, and measured on its validation images: whatever differs is the price of how the codes are used. Lloyd's
-algorithm (1982, IEEE Trans. IT 28(2)) from VQ-EMA's codebook shows what is left to gain by moving codes, the squared error by
-direction whether another direction of the latents would pay: not while its error, uncoded, is below that of a coded one.
+The encoder and decoder of a run stay as they are; only codebooks are fitted to the latents of 10,000 training images, by
+tuned VQ-EMA and by BA-VQ at several lambda, and measured on its validation images: whatever differs is the price of how the
+codes are used. Lloyd's algorithm (1982, IEEE Trans. IT 28(2)) from VQ-EMA's codebook finds the nearest local optimum. Reverse
+water-filling asks that all directions with codes have the same error, and that no other has more: the squared error of a tile
+is printed by direction of the latents, and by principal component of all that is left.
 
 Theory: at high resolution the squared error of codes with density g(x) is E[g^(-2/d)] up to a constant (Zador 1982, IEEE
 Trans. IT 28(2)). It is least for g ~ p^(d/(d+2)), p the density of the latents; cells of equal mass have g = p. For a Gaussian
@@ -63,7 +64,7 @@ def fit(config, z, passes, seed):
 
 
 @torch.no_grad()
-def lloyd(quantizer, z, iterations=20):
+def lloyd(quantizer, z, iterations=100):
     """`quantizer` with its codes moved by Lloyd's algorithm on all latents z (N, D) at once."""
     for _ in tqdm(range(iterations), desc="Lloyd", leave=False, disable=None):
         indices = vqvae.nearest_code(z, quantizer.codebook)
@@ -131,10 +132,12 @@ def price(path, weights, passes, seed):
         d = live_directions(torch.cov(z.T), math.log2(config.codebook_size))
         record = {"run": config.name, "config": config.to_dict(), "unquantized_psnr": plain, "live_directions": d,
                   "theory_distortion": balanced_to_best(d), "fits": {}}
+        per_image = (config.image_size // config.downsample) ** 2
+        fresh = dict(ema_decay=None, batch_size=max(1, BATCH // per_image))  # the decay for steps of BATCH latents
         settings = {"VQ-EMA": dict(quantizer="vq_ema", vq_recipe="tuned"),
                     **{f"BA-VQ λ={w:g}".replace("inf", "∞"): dict(quantizer="ba_vq", entropy_weight=w) for w in weights}}
         for name, values in settings.items():
-            fitted = fit(dataclasses.replace(config, **values), z, passes, seed)
+            fitted = fit(dataclasses.replace(config, **fresh, **values), z, passes, seed)
             record["fits"][name] = measure(model, fitted, val_images)
             if name == "VQ-EMA":
                 record["fits"]["the same, then Lloyd"] = measure(model, lloyd(fitted, z), val_images)
@@ -166,7 +169,7 @@ def parse(argv):
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or their final_model.pt")
     parser.add_argument("--entropy_weights", default="10,100,inf", metavar="L,L", help="lambdas of BA-VQ (default 10,100,inf)")
-    parser.add_argument("--passes", type=int, default=4, metavar="N", help="over 640,000 latents (default 4)")
+    parser.add_argument("--passes", type=int, default=4, metavar="N", help="over the latents of 10,000 images (default 4)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     try:

@@ -69,6 +69,21 @@ def test_bad_arguments(distances, beta):
         blahut_arimoto(distances, beta)
 
 
+@pytest.mark.parametrize("which", ["source", "prior"])
+@pytest.mark.parametrize("values", [[-0.5, 1.5], [0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
+def test_bad_probabilities(which, values):
+    with pytest.raises(ValueError, match=which):
+        blahut_arimoto(torch.rand(2, 2), 1.0, **{which: torch.tensor(values)})
+
+
+def test_a_zero_is_allowed_in_the_source_only():
+    distances = torch.rand(2, 2, dtype=torch.float64)
+    zero = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert blahut_arimoto(distances, 1.0, source=zero).rate.item() == pytest.approx(0, abs=1e-8)  # one source symbol
+    with pytest.raises(ValueError, match="prior"):
+        blahut_arimoto(distances, 1.0, prior=zero)
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), beta=st.floats(0.1, 20))
 def test_marginals_permutation_and_optimality(seed, beta):

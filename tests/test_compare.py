@@ -29,6 +29,11 @@ def test_one_json_per_run_and_no_repetition(results, tiny, tmp_path, monkeypatch
     assert record["refined_psnr"] != record["psnr"] and 0 < record["refined_usage_rate"] <= 1
     assert "--methods ba_vq_lambda10 --codebook_sizes 16 --latent_dims 4 --seeds 1" in record["command"]
     assert "done before" in compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
+    target = results / "ba_vq_lambda10_k16_d4_h8_e1_s1.json"
+    for values in ({"lr": 0.5}, {"whitening": 0.0}):  # the latter had other first weights
+        target.write_text(json.dumps({**record, "config": {**record["config"], **values}}))
+        with pytest.raises(vqvae.UserError, match="other settings or an earlier version"):
+            compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
 
 
 def test_summary_by_hand(results, tiny_config):

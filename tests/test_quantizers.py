@@ -268,6 +268,23 @@ def test_codes_that_restart_together_are_all_different():
         assert len((quantizer.ema[:, :-1] / quantizer.ema[:, -1:]).unique(dim=0)) == 60
 
 
+@pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
+def test_passing_over_a_restart_of_nothing_changes_no_bit(kind, monkeypatch):
+    states, draws, drawn = [], [], []
+    monkeypatch.setattr(kind, "distinct_rows", lambda *args: drawn.append(1) or vqvae.Quantizer.distinct_rows(*args))
+    for skips in (True, False):
+        if not skips:
+            monkeypatch.setattr(vqvae, "_surely_none", lambda mask: False)  # as on a GPU
+        quantizer = kind(16, 3).train()
+        for step in range(30):
+            torch.manual_seed(step)  # as vqvae.train does
+            quantizer(torch.randn(200, 3) + (8 if step >= 15 else 0))  # codes left behind die
+        states.append(quantizer.state_dict())
+        draws.append(len(drawn))
+    assert all(torch.equal(states[0][key], states[1][key]) for key in ("codebook", "ema"))
+    assert 1 < draws[0] < 31 == draws[1] - draws[0]  # the start, and every step or some
+
+
 def test_copies_of_a_row_split_into_used_codes():
     # 256 codes from a first batch of 64 vectors: at most 64 distinct rows, yet 95% of the codes end in use.
     quantizer = BAQuantizer(256, 2, entropy_weight=math.inf, temperature_start=0.2, temperature_end=0.2).train()

@@ -137,15 +137,13 @@ def test_overwrite_never_clears_a_foreign_folder(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("whitening", [0.0, 1.0])
-def test_a_run_of_an_earlier_version_is_the_same_unless_it_was_whitened(tiny_config, whitening):
+def test_a_run_of_an_earlier_version_is_not_taken_for_one_of_this(tiny_config, whitening):
     config = tiny_config()
     done = vqvae.train(config)
+    assert vqvae.train(config) == done
     stored = vqvae.Path(config.out_dir) / config.name / "config.yaml"
     stored.write_text(stored.read_text() + f"whitening: {whitening}\n")
-    if not whitening:
-        assert vqvae.train(config) == done
-        return
-    with pytest.raises(vqvae.UserError, match="earlier version, with whitening"):
+    with pytest.raises(vqvae.UserError, match="earlier version"):
         vqvae.train(config)
 
 
@@ -487,7 +485,7 @@ def test_compile_trains_and_its_model_loads(tiny_config):
     assert not [name for name in model.state_dict() if "_orig_mod" in name]
 
 
-def test_no_host_sync_in_a_training_step():
+def test_no_host_sync_in_a_training_step(monkeypatch):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
@@ -496,6 +494,7 @@ def test_no_host_sync_in_a_training_step():
             assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "lift_fresh")), name
             return function(*args, **(kwargs or {}))
 
+    monkeypatch.setattr(vqvae, "_surely_none", lambda mask: False)  # as on a GPU
     for quantizer in ("vq_ema", "ba_vq"):
         model = vqvae.make_model(vqvae.Config(hidden_dim=8, latent_dim=4, codebook_size=8, quantizer=quantizer)).train()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
