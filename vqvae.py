@@ -357,7 +357,7 @@ def unit_gain(network):
 
     For the transposed ones it is a quarter of that, since PyTorch counts their fan-in by the outputs.
 
-    With PyTorch's the latents start at a 30th of the images' scale and the network learns their directions one after
+    From PyTorch's weights the latents start at a 30th of the images' scale and the network learns their directions one after
     another; those that are not there when the quantizer joins in get no codes, so never come (results/LOG.md).
     """
     for layer in network.modules():

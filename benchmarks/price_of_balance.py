@@ -65,10 +65,9 @@ def fit(config, z, passes, seed):
 
 @torch.no_grad()
 def lloyd(quantizer, z, iterations=100):
-    """`quantizer` with its codes moved by Lloyd's algorithm on all latents z (N, D) at once."""
+    """`quantizer`, a VQEMAQuantizer, with its codes moved by Lloyd's algorithm on all latents z (N, D) at once."""
     for _ in tqdm(range(iterations), desc="Lloyd", leave=False, disable=None):
-        indices = vqvae.nearest_code(z, quantizer.codebook)
-        stats = torch.zeros_like(quantizer.ema).index_add_(0, indices, F.pad(z, (0, 1), value=1.0))  # (K, D + 1)
+        _, stats = quantizer.assign(z)  # (K, D + 1)
         counts = stats[:, -1:]
         quantizer.codebook.copy_(torch.where(counts > 0, stats[:, :-1] / counts.clamp_min(1), quantizer.codebook))
     return quantizer
@@ -89,16 +88,16 @@ def error_by_direction(model, images, probes=8):
         y = model.reconstruct(codes)
         gradients = [torch.autograd.grad(y, codes, torch.randn_like(y), retain_graph=True)[0] for _ in range(probes)]
 
-    def second_moment(parts):
-        rows = torch.cat([part.permute(0, 2, 3, 1).flatten(0, 2) for part in parts])  # (M, D)
+    def second_moment(x):  # (B, D, H, W) -> (D, D)
+        rows = x.permute(0, 2, 3, 1).flatten(0, 2)
         return rows.T @ rows / len(rows)
 
-    values, vectors = torch.linalg.eigh(second_moment(gradients))
+    values, vectors = torch.linalg.eigh(second_moment(torch.cat(gradients)))
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T  # S^(1/2)
     centred = z - z.mean((0, 2, 3), keepdim=True)
-    _, directions = torch.linalg.eigh(root @ second_moment([centred]) @ root)
-    errors = (directions.T @ root @ second_moment([z - codes.detach()]) @ root @ directions).diagonal().flip(0)
-    left = torch.linalg.eigvalsh(second_moment([F.pixel_unshuffle(x - y.detach(), model.downsample)])).flip(0)
+    _, directions = torch.linalg.eigh(root @ second_moment(centred) @ root)
+    errors = (directions.T @ root @ second_moment(z - codes.detach()) @ root @ directions).diagonal().flip(0)
+    left = torch.linalg.eigvalsh(second_moment(F.pixel_unshuffle(x - y.detach(), model.downsample))).flip(0)
     return errors, left
 
 

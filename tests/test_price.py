@@ -105,6 +105,14 @@ def test_prices_of_a_run(tiny, tmp_path, monkeypatch, capsys):
     assert (folder / "final_model.pt").read_bytes() == before
 
 
+def test_codebooks_are_fitted_with_the_tuned_decay_whatever_the_run_had(tiny, tmp_path, monkeypatch):
+    vqvae.train(vqvae.Config(**tiny(epochs=1, quantizer="vq_ema", vq_recipe="classical")))
+    decays, fit = [], price_of_balance.fit
+    monkeypatch.setattr(price_of_balance, "fit", lambda config, *args: decays.append(config.ema_decay) or fit(config, *args))
+    price_of_balance.price(tmp_path / "experiments" / "tiny" / "final_model.pt", [1.0], 1, 0)
+    assert decays == [0.9, 0.9]  # VQ-EMA, BA-VQ; the run's own is 0.8
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--entropy_weights", "a"], "commas"), (["--entropy_weights", "-1"], "0 or more"), (["--passes", "0"], "1 or more")])
 def test_bad_input(flags, message):

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import quantizer_step  # noqa: E402
 import scaling  # noqa: E402
 import throughput  # noqa: E402
+import vqvae  # noqa: E402
 
 RATES = {"flops_per_second": 1e9, "copy_bytes_per_second": 1e9}
 
@@ -90,3 +91,10 @@ print(faults[-1] - faults[9])
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         faults.append(int(done.stdout))
     assert faults[0] < 0.05 * faults[1]
+
+
+def test_training_on_the_cpu_keeps_it(tiny_config, monkeypatch):
+    calls = []
+    monkeypatch.setattr(vqvae, "keep_freed_memory", lambda: calls.append("once"))
+    vqvae.train(tiny_config(epochs=1, device="cpu"))
+    assert calls == ["once"]
