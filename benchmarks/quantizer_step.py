@@ -90,7 +90,12 @@ def available_bytes(device):
 
 
 def make_step(method, k, d, z):
-    """A function that does one training step of a quantizer on z (B, D, 8, 8): forward, update, no backward."""
+    """A function that does one training step of a quantizer on z (B, D, 8, 8): forward, update, no backward.
+
+    From then on memory is kept as in training.
+    """
+    if z.device.type == "cpu":
+        vqvae.keep_freed_memory()
     config = vqvae.Config(quantizer="ba_vq" if method.startswith("ba_vq") else "vq_ema", codebook_size=k, latent_dim=d,
                           batch_size=len(z))
     torch.manual_seed(0)
