@@ -195,6 +195,8 @@ def _finish(figure, columns=2):
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
+    column = 0.6 + 0.065 * max(map(len, labels))  # inches: line, longest name
+    columns = max(1, min(columns, int(figure.get_figwidth() / column)))
     rows = math.ceil(len(labels) / columns)
     figure.get_layout_engine().set(w_pad=0.1)
     figure.set_figheight(figure.get_figheight() + 0.2 * rows)

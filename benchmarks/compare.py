@@ -98,37 +98,42 @@ def spread(values, form):
     return mean if len(values) < 2 else f"{mean} ± {form.replace('+', '').format(statistics.stdev(values))}"
 
 
+def difference(runs, reference, key):
+    """(mean and spread of a metric's difference over the seeds that both have, p of a paired t-test), as text."""
+    deltas = [runs[seed][key] - reference[seed][key] for seed in sorted(set(runs) & set(reference))]
+    return (spread(deltas, "{:+.3f}") if deltas else "",
+            f"{scipy.stats.ttest_1samp(deltas, 0).pvalue:.3f}" if len(deltas) > 1 else "")
+
+
 def summary():
     """Markdown of results/compare: per setting and method the mean and spread over seeds, differences and a test."""
     lines = ["# Comparison of quantizers", "",
              "Test set, hard indices, eval mode; mean ± standard deviation over seeds. ΔPSNR is the mean difference to",
-             f"`{REFERENCE}` (tuned) over paired seeds, p the two-sided paired t-test of it. Refined: the same models, their",
-             f"codes improved by {REFINE} passes through the decoder (VQVAE.refined). Made by",
-             "`python benchmarks/compare.py --summary` from `results/compare/*.json`; each file holds its command.", ""]
+             f"`{REFERENCE}` (tuned) over paired seeds, p the two-sided paired t-test of it; per image: the same for the",
+             "mean of the images' PSNR, where quiet images count for more. Refined: the same models, their codes improved by",
+             f"{REFINE} passes through the decoder (VQVAE.refined). Made by `python benchmarks/compare.py --summary` from",
+             "`results/compare/*.json`; each file holds its command.", ""]
     for (dataset, size, dim, hidden, epochs), methods in sorted(load_results().items()):
         lines += [f"## {dataset}, K={size}, D={dim}, hidden {hidden}, {epochs} epochs", "",
-                  "| method | seeds | PSNR dB | perplexity | perplexity/K | usage | ΔPSNR dB | p | refined PSNR dB |",
-                  "|---|---|---|---|---|---|---|---|---|"]
+                  "| method | seeds | PSNR dB | perplexity | of K | usage | ΔPSNR dB | p | Δ per image | p | refined dB |",
+                  "|---|---|---|---|---|---|---|---|---|---|---|"]
         for method, runs in sorted(methods.items(), key=lambda item: -statistics.mean(r["psnr"] for r in item[1].values())):
             records = list(runs.values())
-            paired = sorted(set(runs) & set(methods.get(REFERENCE, {})))
-            deltas = [runs[seed]["psnr"] - methods[REFERENCE][seed]["psnr"] for seed in paired]
             refined = [r["refined_psnr"] for r in records if "refined_psnr" in r]
-            test = scipy.stats.ttest_1samp(deltas, 0).pvalue if len(deltas) > 1 and method != REFERENCE else None
+            reference = {} if method == REFERENCE else methods.get(REFERENCE, {})
             lines.append(" | ".join([
                 f"| {method}", str(len(records)), spread([r["psnr"] for r in records], "{:.2f}"),
                 spread([r["perplexity"] for r in records], "{:.1f}"),
                 f"{sum(r['perplexity'] for r in records) / len(records) / size:.1%}",
                 f"{sum(r['usage_rate'] for r in records) / len(records):.1%}",
-                spread(deltas, "{:+.3f}") if deltas and method != REFERENCE else "",
-                f"{test:.3f}" if test is not None else "",
+                *difference(runs, reference, "psnr"), *difference(runs, reference, "psnr_per_image"),
                 spread(refined, "{:.2f}") + (f" ({len(refined)} seeds)" if len(refined) < len(records) else "") + " |"
                 if refined else " |"]))
         lines.append("")
     return "\n".join(lines)
 
 
-def rate_distortion_figure(path, dim=8, hidden=64, epochs=2):
+def rate_distortion_figure(path, dim=8, hidden=64, epochs=10):
     """PNG: PSNR against the entropy of the indices, means over the seeds that all have; BA-VQ a curve over lambda for each K.
 
     Left everything, right the neighbourhood of the longest curve.

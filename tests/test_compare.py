@@ -39,12 +39,13 @@ def test_one_json_per_run_and_no_repetition(results, tiny, tmp_path, monkeypatch
 def test_summary_by_hand(results, tiny_config):
     for method, values in (("vq_ema", [20.0, 21.0, 22.0]), ("ba_vq_lambda10", [20.5, 21.6, 22.4])):
         for seed, psnr in enumerate(values):
-            record = {"method": method, "seed": seed, "psnr": psnr, "perplexity": 8.0, "usage_rate": 1.0,
-                      "config": tiny_config(seed=seed).to_dict()}
+            record = {"method": method, "seed": seed, "psnr": psnr, "psnr_per_image": 1 - psnr, "perplexity": 8.0,
+                      "usage_rate": 1.0, "config": tiny_config(seed=seed).to_dict()}
             (results / f"{method}_{seed}.json").write_text(json.dumps(record))
     text = compare.summary()
     # differences 0.5, 0.6, 0.4: mean 0.5, deviation 0.1, t = 0.5 / (0.1 / sqrt 3) = 8.66, p = 0.013
-    assert "| ba_vq_lambda10 | 3 | 21.50 ± 0.95 | 8.0 ± 0.0 | 50.0% | 100.0% | +0.500 ± 0.100 | 0.013 |" in text
+    differences = "+0.500 ± 0.100 | 0.013 | -0.500 ± 0.100 | 0.013"
+    assert f"| ba_vq_lambda10 | 3 | 21.50 ± 0.95 | 8.0 ± 0.0 | 50.0% | 100.0% | {differences} |" in text
     assert text.index("ba_vq_lambda10") < text.index("| vq_ema |")
 
 
@@ -57,7 +58,7 @@ def test_bad_words(words, results, capsys):
 
 
 def test_rate_distortion_figure(results, tiny_config, tmp_path):
-    config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, epochs=2).to_dict()
+    config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, epochs=10).to_dict()
     for method, bits in (("vq_ema", 3.5), ("ba_vq_lambdainf", 3.9), ("ba_vq_lambda10", 3.7)):
         record = {"method": method, "seed": 0, "psnr": 20 + bits, "bits_per_index": bits, "config": config}
         (results / f"{method}.json").write_text(json.dumps(record))
