@@ -195,7 +195,7 @@ def _finish(figure, columns=2):
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    column = 0.6 + 0.065 * max(map(len, labels))  # inches: line, longest name
+    column = 0.6 + 0.065 * max(map(len, labels), default=0)  # inches: line, longest name
     columns = max(1, min(columns, int(figure.get_figwidth() / column)))
     rows = math.ceil(len(labels) / columns)
     figure.get_layout_engine().set(w_pad=0.1)

@@ -39,6 +39,7 @@ else
 fi
 
 run_step() {
+  local compare="$python benchmarks/compare.py --methods vq_ema_classical,vq_ema,ba_vq_lambda10,ba_vq_lambdainf --latent_dims 8 --jobs $jobs $large"
   case $1 in
     tests)  $python -m pytest -q tests/test_cuda.py tests/test_kernels.py tests/test_quantizers.py ;;
     speed)  $python benchmarks/throughput.py $network --compile && $python benchmarks/throughput.py $network --codebook_size 1024 &&
@@ -48,10 +49,8 @@ run_step() {
     memory) $python benchmarks/quantizer_step.py --memory $sizes && $interpret $python benchmarks/quantizer_step.py --memory --fused $sizes ;;
     scaling) $python benchmarks/scaling.py $scaling ;;
     sweep)  $python run_gpu_experiments.py --jobs $jobs --out_dir experiments/gpu_suite $sweep ;;
-    large)  $python benchmarks/compare.py --methods vq_ema_classical,vq_ema,ba_vq_lambda10,ba_vq_lambdainf \
-              --codebook_sizes $large_sizes --latent_dims 8 --seeds 0 --jobs $jobs $large ;;
-    seeds)  $python benchmarks/compare.py --methods vq_ema_classical,vq_ema,ba_vq_lambda10,ba_vq_lambdainf \
-              --codebook_sizes 512 --latent_dims 8 --seeds $seeds --jobs $jobs $large ;;
+    large)  $compare --codebook_sizes $large_sizes --seeds 0 ;;
+    seeds)  $compare --codebook_sizes 512 --seeds $seeds ;;
     *)      echo "no step $1: tests speed fused memory scaling sweep large seeds" >&2; return 2 ;;
   esac
 }
