@@ -31,13 +31,21 @@ import peers  # noqa: E402
 import train  # noqa: E402
 import vqvae  # noqa: E402
 
+CLASSICAL = ["--quantizer", "vq_ema", "--vq_recipe", "classical"]
+NO_WARMUP, NO_RESTARTS = ["--warmup_fraction", "0"], ["--restart_threshold", "0"]
 METHODS = {
-    "vq_ema_classical": ["--quantizer", "vq_ema", "--vq_recipe", "classical"],
+    "vq_ema_classical": CLASSICAL,
     "vq_ema": ["--quantizer", "vq_ema"],
     **{f"ba_vq_lambda{w:g}": ["--quantizer", "ba_vq", "--entropy_weight", str(w)] for w in (0, 1, 3, 10, 30, 100, 300, math.inf)},
+    # One factor at a time between the two recipes: what keeps the codes of a large codebook alive (FINDINGS.md).
+    "vq_ema_classical_decay": [*CLASSICAL, "--ema_decay", "0.97475"],  # that of the tuned recipe at K = 16,384
+    "vq_ema_classical_warmup": [*CLASSICAL, "--warmup_fraction", "0.1"],
+    **{f"{name}_no_warmup": ["--quantizer", name, *NO_WARMUP] for name in ("vq_ema", "ba_vq")},
+    **{f"{name}_no_restarts": ["--quantizer", name, *NO_RESTARTS] for name in ("vq_ema", "ba_vq")},
+    **{f"{name}_no_warmup_no_restarts": ["--quantizer", name, *NO_WARMUP, *NO_RESTARTS] for name in ("vq_ema", "ba_vq")},
     # peers.py builds these; the flags are their settings of the loop. The last four are without warm-up (LOG.md).
     **{name: ["--quantizer", "vq_ema"] for name in peers.PEERS},
-    **{name: ["--quantizer", "vq_ema", "--warmup_fraction", "0"] for name in ("lib_simvq", "lib_fsq", "lib_lfq", "sq_vae")},
+    **{name: ["--quantizer", "vq_ema", *NO_WARMUP] for name in ("lib_simvq", "lib_fsq", "lib_lfq", "sq_vae")},
 }
 RESULTS = ROOT / "results" / "compare"
 REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of this project only)
