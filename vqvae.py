@@ -473,7 +473,7 @@ class Assignment(NamedTuple):
     indices: torch.Tensor     # (N,) nearest code, without the prior
     stats: torch.Tensor       # (K, D + 1) sum over z of P(k|z) [z, 1]: centroid sums and counts
     score: torch.Tensor       # () sum over z of the nearest code's score: sum |z|^2 - 2 score is the distortion
-    overlap: torch.Tensor     # () sum over z of 1 - sum_k P(k|z)^2: 0 for hard assignments
+    overlap: torch.Tensor     # () sum over z of 1 - sum_k P(k|z)^2: its mean is the sensitivity of prior_step
 
 
 def soft_assign(z, codebook, log_w, temperature):
@@ -503,14 +503,14 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     """One damped step of the log prior log w (K,) towards log w = (1 - lambda) log(K q).
 
     q (K,) marginal; entropy_weight lambda in [0, inf]; step eta in (0, 1]; sensitivity s in (0, 1]:
-    mean d log q / d log w, by which the step is scaled as Newton's method asks, since at a low
+    mean d log q / d log w (0 for hard assignments), by which the step is scaled as Newton's method asks, since at a low
     temperature q hardly answers to w. lambda = 0 and eta = 1 is Blahut-Arimoto's q update; lambda = inf
     is dual ascent on q_k = 1/K, a Sinkhorn half-step where eta = s = 1 (Cuturi 2013).
     """
     log_kq = (q * len(q)).clamp_min(1e-12).log()  # (K,)
     if entropy_weight == math.inf:
         return log_w - step / sensitivity * log_kq
-    slope = 1 + max(0.0, entropy_weight - 1) * sensitivity
+    slope = 1 + max(0.0, entropy_weight - 1) * sensitivity  # of log w - target in log w, through q
     return log_w + step / slope * ((1 - entropy_weight) * log_kq - log_w)
 
 
@@ -543,15 +543,26 @@ class Quantizer(nn.Module):
 
     A subclass says how a batch of latents moves the codebook: `assign` returns the nearest codes and
     the batch statistics, `update` folds the statistics in. Everything here is float32, whatever
-    autocast says; statistics are summed over all processes; eval mode changes no state.
+    autocast says; statistics are summed over all processes; eval mode changes no state. The codes are
+    zero until the first batch in training mode places them.
 
     codebook_size K; dim D; metric 'euclid' (squared distance) or 'cosine' (the same on unit vectors);
     ema_decay in [0, 1); commitment_weight: of mean (z - z_q)^2, van den Oord 2017 equation 3;
     restart_threshold: fraction of the mean EMA count below which a code is dead (0: never).
+    Raises ValueError on a value outside its range.
     """
 
-    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25, restart_threshold=0.1):
+    codebook: torch.Tensor
+    ema: torch.Tensor
+
+    def __init__(self, codebook_size: int, dim: int, metric: str = "euclid", ema_decay: float = 0.9,
+                 commitment_weight: float = 0.25, restart_threshold: float = 0.1) -> None:
         super().__init__()
+        if codebook_size < 1 or dim < 1 or metric not in ("euclid", "cosine"):
+            raise ValueError(f"codebook_size {codebook_size} and dim {dim} must be positive, metric {metric!r} euclid or cosine")
+        if not (0 <= ema_decay < 1 and 0 <= commitment_weight < math.inf and 0 <= restart_threshold <= 1):
+            raise ValueError(f"ema_decay {ema_decay} must be in [0, 1), commitment_weight {commitment_weight} in [0, inf), "
+                             f"restart_threshold {restart_threshold} in [0, 1]")
         self.codebook_size, self.dim, self.metric = codebook_size, dim, metric
         self.ema_decay, self.commitment_weight, self.restart_threshold = ema_decay, commitment_weight, restart_threshold
         self.initialized = False
@@ -567,14 +578,22 @@ class Quantizer(nn.Module):
     def set_extra_state(self, state):
         self.initialized = state["initialized"]
 
-    def set_progress(self, progress):
+    def set_progress(self, progress: float) -> None:
         """Tell the quantizer how far training is, in [0, 1], for its schedules. Called every step; nothing to do here."""
 
-    def codes(self, indices):
+    def assign(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents z (N, D) -> nearest codes (N,), and per code [sum of vectors, count] (K, D + 1) over all processes."""
+        raise NotImplementedError
+
+    def update(self, z: torch.Tensor, stats: torch.Tensor) -> None:
+        """Move `ema` and `codebook` by the statistics of `assign`; dead codes may restart at rows of z (N, D)."""
+        raise NotImplementedError
+
+    def codes(self, indices: torch.Tensor) -> torch.Tensor:
         """Look up codes: indices (...) int64 -> (..., D)."""
         return F.embedding(indices, self.codebook)
 
-    def forward(self, z):
+    def forward(self, z: torch.Tensor) -> Quantized:
         """z (B, D, H, W) or (N, D), any float dtype -> Quantized(z_q, indices, loss).
 
         In training the first batch initialises the codebook, and every batch updates it after its
@@ -599,7 +618,7 @@ class Quantizer(nn.Module):
         return Quantized(z_q, indices.view(rows.shape[:-1]), loss)
 
     @torch.no_grad()
-    def nearest(self, z):
+    def nearest(self, z: torch.Tensor) -> torch.Tensor:
         """Codes nearest to latents z (B, D, H, W), in the shape of z, float32. Changes no state."""
         rows = z.permute(0, 2, 3, 1)  # (B, H, W, D)
         indices = nearest_code(self._on_sphere(rows.reshape(-1, self.dim).float()), self.codebook)
@@ -664,8 +683,10 @@ class VQEMAQuantizer(Quantizer):
     start at data, and dead codes restart, with their EMA state, at random latents of the batch.
     """
 
-    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25, restart_threshold=0.1,
-                 recipe="tuned"):
+    def __init__(self, codebook_size: int, dim: int, metric: str = "euclid", ema_decay: float = 0.9,
+                 commitment_weight: float = 0.25, restart_threshold: float = 0.1, recipe: str = "tuned") -> None:
+        if recipe not in ("classical", "tuned"):
+            raise ValueError(f"recipe {recipe!r} must be 'classical' or 'tuned'")
         super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold)
         self.recipe = recipe
 
@@ -679,12 +700,13 @@ class VQEMAQuantizer(Quantizer):
             self.ema[:, :-1] = self.codebook * self.ema[:, -1:]
 
     def assign(self, z):
-        """z (N, D) -> nearest codes (N,) and their [sum of vectors, count] (K, D + 1)."""
+        """The nearest code of each latent, and the sums over the latents of each code."""
         indices = nearest_code(z, self.codebook)
         stats = torch.zeros_like(self.ema).index_add_(0, indices, F.pad(z, (0, 1), value=1.0))
         return indices, all_reduce(stats)
 
     def update(self, z, stats):
+        """Codes are the EMA centroids (van den Oord 2017, appendix A.1, with its Laplace smoothing in the public code)."""
         self.ema.lerp_(stats, 1 - self.ema_decay)
         if self.recipe == "tuned":
             self.restart_dead_codes(z)
@@ -710,10 +732,18 @@ class BAQuantizer(Quantizer):
     temperature_start, temperature_end: tau in units of the mean distortion to the nearest code, falling
     geometrically over the first anneal_fraction of training (`set_progress`).
     ba_iters: Blahut-Arimoto steps per batch.  Dead codes restart only where lambda > 1.
+    Raises ValueError on a value outside its range.
     """
 
-    def __init__(self, codebook_size, dim, metric="euclid", ema_decay=0.9, commitment_weight=0.25, restart_threshold=0.1,
-                 entropy_weight=10.0, temperature_start=0.2, temperature_end=0.02, anneal_fraction=0.5, ba_iters=1):
+    def __init__(self, codebook_size: int, dim: int, metric: str = "euclid", ema_decay: float = 0.9,
+                 commitment_weight: float = 0.25, restart_threshold: float = 0.1, entropy_weight: float = 10.0,
+                 temperature_start: float = 0.2, temperature_end: float = 0.02, anneal_fraction: float = 0.5,
+                 ba_iters: int = 1) -> None:
+        if not (entropy_weight >= 0 and 0 <= anneal_fraction <= 1 and ba_iters >= 1):
+            raise ValueError(f"entropy_weight {entropy_weight} must be in [0, inf], anneal_fraction {anneal_fraction} in [0, 1], "
+                             f"ba_iters {ba_iters} at least 1")
+        if not (0 < temperature_start < math.inf and 0 < temperature_end < math.inf):
+            raise ValueError(f"temperatures {temperature_start} and {temperature_end} must be above 0 and finite")
         super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold)
         self.entropy_weight, self.ba_iters = entropy_weight, ba_iters
         self.temperature_start, self.temperature_end, self.anneal_fraction = temperature_start, temperature_end, anneal_fraction
@@ -722,7 +752,7 @@ class BAQuantizer(Quantizer):
         self.register_buffer("distortion", torch.tensor(1.0))  # EMA of the squared distance to the nearest code
 
     def set_progress(self, progress):
-        """Set the relative temperature."""
+        """Set the relative temperature for this share of training, in [0, 1]."""
         fraction = min(1.0, progress / self.anneal_fraction) if self.anneal_fraction > 0 else 1.0
         ratio = self.temperature_end / self.temperature_start
         self.temperature.fill_(self.temperature_start * ratio ** fraction)
@@ -732,7 +762,7 @@ class BAQuantizer(Quantizer):
         self.distortion.copy_(self._expected_distortion(z))
 
     def assign(self, z):
-        """E-step and prior step. z (N, D) -> nearest codes (N,) and soft [sum of vectors, count] (K, D + 1)."""
+        """E-step and prior step; the sums are weighted by P(k|z)."""
         squared_norm = z.square().sum()
         tau = (self.temperature * self.distortion).clamp_min(1e-30)
         for _ in range(self.ba_iters):
@@ -741,15 +771,16 @@ class BAQuantizer(Quantizer):
             scalars = torch.stack([distortion, batch.overlap, z.new_full((), float(len(z)))])
             everything = all_reduce(torch.cat([batch.stats.flatten(), scalars]))
             stats = everything[:-3].view_as(self.ema)
-            distortion, overlap = everything[-3:-1] / everything[-1]
+            distortion, sensitivity = everything[-3:-1] / everything[-1]
             counts = torch.lerp(self.ema[:, -1], stats[:, -1], 1 - self.ema_decay)  # (K,)
             # A gain that matches the window of the EMA it reads: damped, not oscillating.
             self.log_w.copy_(prior_step(self.log_w, counts / counts.sum(), self.entropy_weight,
-                                        1 - self.ema_decay, overlap.clamp_min(0.01)))
+                                        1 - self.ema_decay, sensitivity.clamp_min(0.01)))
         self.distortion.lerp_(distortion, 1 - self.ema_decay)
         return batch.indices, stats
 
     def update(self, z, stats):
+        """Codes are the EMA of the soft centroids E[P(k|z) z] / q_k; a dead one also gets the average log prior."""
         self.ema.lerp_(stats, 1 - self.ema_decay)
         if self.entropy_weight > 1:  # the prior wants every code; one that a moving encoder left behind cannot answer
             dead = self.restart_dead_codes(z).squeeze(1)  # (K,)
@@ -826,8 +857,8 @@ class VQVAE(nn.Module):
                 e = codes.clone().requires_grad_()
                 g, = torch.autograd.grad((self.reconstruct(e).float() - x).square().sum(), e)
             gap = codes - z
-            per_image = gap.flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1).clamp_min(1e-30)  # (B,) 1 / h
-            target = z + REFINE_STEP * (gap - per_image[:, None, None, None] * g)
+            inverse_curvature = gap.flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1).clamp_min(1e-30)  # (B,) 1 / h
+            target = z + REFINE_STEP * (gap - inverse_curvature[:, None, None, None] * g)
             moved = torch.where(parity == i % 2, target, moved)
         return moved
 

@@ -11,6 +11,7 @@ after an interruption. The methods are the rows of METHODS.
 import argparse
 import concurrent.futures
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import math
@@ -85,7 +86,10 @@ def run(method, size, dim, seed, extra, threads):
         metrics.update({f"refined_{key}": refined[key] for key in ("psnr", "perplexity", "usage_rate")})
     timing = [json.loads(line) for line in (Path(config.out_dir) / name / "timing.jsonl").read_text().splitlines()]
     command = f"python benchmarks/compare.py --methods {method} --codebook_sizes {size} --latent_dims {dim} --seeds {seed}"
-    vqvae.write_json(target, {"method": method, "command": " ".join([command, *extra]), "torch": torch.__version__,
+    versions = {"torch": torch.__version__}
+    if method.startswith("lib_"):
+        versions["vector_quantize_pytorch"] = importlib.metadata.version("vector-quantize-pytorch")
+    vqvae.write_json(target, {"method": method, "command": " ".join([command, *extra]), **versions,
                               "seconds": sum(line["seconds"] for line in timing), **metrics})
     return f"{name}: PSNR {metrics['psnr']:.3f} dB, perplexity {metrics['perplexity']:.1f}"
 
@@ -107,25 +111,27 @@ def spread(values, form):
     return mean if len(values) < 2 else f"{mean} ± {form.replace('+', '').format(statistics.stdev(values))}"
 
 
-def difference(runs, reference, key):
-    """(mean and spread of a metric's difference over the seeds that both have, p of a paired t-test), as text."""
+def difference(runs, reference, key, form="{:+.3f}"):
+    """(mean and spread of a metric's difference over the seeds that both have, p of a paired t-test from three on), as text."""
     deltas = [runs[seed][key] - reference[seed][key] for seed in sorted(set(runs) & set(reference))]
-    return (spread(deltas, "{:+.3f}") if deltas else "",
-            f"{scipy.stats.ttest_1samp(deltas, 0).pvalue:.3f}" if len(deltas) > 1 else "")
+    if len(deltas) < 3:
+        return spread(deltas, form) if deltas else "", ""
+    p = scipy.stats.ttest_1samp(deltas, 0).pvalue
+    return spread(deltas, form), "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def summary():
     """Markdown of results/compare: per setting and method the mean and spread over seeds, differences and a test."""
     lines = ["# Comparison of quantizers", "",
              "Test set, hard indices, eval mode; mean ± standard deviation over seeds. ΔPSNR is the mean difference to",
-             f"`{REFERENCE}` (tuned) over paired seeds, p the two-sided paired t-test of it; per image: the same for the",
-             "mean of the images' PSNR, where quiet images count for more. Refined: the same models, their codes improved by",
-             f"{REFINE} passes through the decoder (VQVAE.refined). Made by `python benchmarks/compare.py --summary` from",
-             "`results/compare/*.json`; each file holds its command.", ""]
+             f"`{REFERENCE}` (tuned) over paired seeds, p the two-sided paired t-test of it, from three seeds on; per image and",
+             "SSIM: the same for the mean of the images' PSNR, where quiet images count for more, and for SSIM. Refined: the",
+             f"same models, their codes improved by {REFINE} passes through the decoder (VQVAE.refined). Made by",
+             "`python benchmarks/compare.py --summary` from `results/compare/*.json`; each file holds its command.", ""]
     for (dataset, size, dim, hidden, epochs), methods in sorted(load_results().items()):
         lines += [f"## {dataset}, K={size}, D={dim}, hidden {hidden}, {epochs} epochs", "",
-                  "| method | seeds | PSNR dB | perplexity | of K | usage | ΔPSNR dB | p | Δ per image | p | refined dB |",
-                  "|---|---|---|---|---|---|---|---|---|---|---|"]
+                  "| method | seeds | PSNR dB | perplexity | of K | usage | ΔPSNR dB | p | per image | p | ΔSSIM | p | refined |",
+                  "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
         for method, runs in sorted(methods.items(), key=lambda item: -statistics.mean(r["psnr"] for r in item[1].values())):
             records = list(runs.values())
             refined = [r["refined_psnr"] for r in records if "refined_psnr" in r]
@@ -134,8 +140,9 @@ def summary():
                 f"| {method}", str(len(records)), spread([r["psnr"] for r in records], "{:.2f}"),
                 spread([r["perplexity"] for r in records], "{:.1f}"),
                 f"{sum(r['perplexity'] for r in records) / len(records) / size:.1%}",
-                f"{sum(r['usage_rate'] for r in records) / len(records):.1%}",
+                f"{sum(r['usage_rate'] for r in records) / len(records):.2%}",
                 *difference(runs, reference, "psnr"), *difference(runs, reference, "psnr_per_image"),
+                *difference(runs, reference, "ssim", "{:+.4f}"),
                 spread(refined, "{:.2f}") + (f" ({len(refined)} seeds)" if len(refined) < len(records) else "") + " |"
                 if refined else " |"]))
         lines.append("")

@@ -39,13 +39,13 @@ def test_one_json_per_run_and_no_repetition(results, tiny, tmp_path, monkeypatch
 def test_summary_by_hand(results, tiny_config):
     for method, values in (("vq_ema", [20.0, 21.0, 22.0]), ("ba_vq_lambda10", [20.5, 21.6, 22.4])):
         for seed, psnr in enumerate(values):
-            record = {"method": method, "seed": seed, "psnr": psnr, "psnr_per_image": 1 - psnr, "perplexity": 8.0,
-                      "usage_rate": 1.0, "config": tiny_config(seed=seed).to_dict()}
+            record = {"method": method, "seed": seed, "psnr": psnr, "psnr_per_image": 1 - psnr, "ssim": psnr / 100,
+                      "perplexity": 8.0, "usage_rate": 1.0, "config": tiny_config(seed=seed).to_dict()}
             (results / f"{method}_{seed}.json").write_text(json.dumps(record))
     text = compare.summary()
     # differences 0.5, 0.6, 0.4: mean 0.5, deviation 0.1, t = 0.5 / (0.1 / sqrt 3) = 8.66, p = 0.013
-    differences = "+0.500 ± 0.100 | 0.013 | -0.500 ± 0.100 | 0.013"
-    assert f"| ba_vq_lambda10 | 3 | 21.50 ± 0.95 | 8.0 ± 0.0 | 50.0% | 100.0% | {differences} |" in text
+    differences = "+0.500 ± 0.100 | 0.013 | -0.500 ± 0.100 | 0.013 | +0.0050 ± 0.0010 | 0.013"
+    assert f"| ba_vq_lambda10 | 3 | 21.50 ± 0.95 | 8.0 ± 0.0 | 50.0% | 100.00% | {differences} |" in text
     assert text.index("ba_vq_lambda10") < text.index("| vq_ema |")
 
 

@@ -198,6 +198,16 @@ def test_wrong_shapes_are_refused(shape):
         BAQuantizer(8, 4).train()(torch.randn(shape))
 
 
+@pytest.mark.parametrize("kind, values", [(VQEMAQuantizer, {"codebook_size": 0}), (VQEMAQuantizer, {"metric": "cosin"}),
+                                          (VQEMAQuantizer, {"ema_decay": 1.0}), (VQEMAQuantizer, {"recipe": "new"}),
+                                          (BAQuantizer, {"entropy_weight": -1.0}), (BAQuantizer, {"entropy_weight": math.nan}),
+                                          (BAQuantizer, {"temperature_end": 0.0}), (BAQuantizer, {"restart_threshold": 2.0}),
+                                          (BAQuantizer, {"ba_iters": 0})])
+def test_constructors_refuse_values_out_of_range(kind, values):
+    with pytest.raises(ValueError, match=next(iter(values)).split("_")[0]):
+        kind(**{"codebook_size": 8, "dim": 4, **values})
+
+
 def test_eval_changes_no_state():
     for quantizer in both():
         quantizer.train()(torch.randn(30, 4))
