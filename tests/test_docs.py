@@ -137,8 +137,10 @@ def test_cell_radii_by_hand():
     assert radii.tolist() == pytest.approx([12.5 ** 0.5, 2.0])  # the third code is not in use
 
 
-def test_the_lifting_snippet_works():
+def test_the_lifting_snippets_work():
     text = (ROOT / "CODE_OVERVIEW.md").read_text()
+    in_readme = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    assert in_readme in text
     snippet = re.search(r"## Lifting.*?```python\n(.*?)```", text, re.S).group(1)
     names = {"z": torch.randn(2, 64, 4, 4), "step": 1, "total_steps": 10}
     exec(snippet, names)
