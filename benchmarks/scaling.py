@@ -136,8 +136,8 @@ def summary():
              "One training step of a quantizer (forward with codebook update). Made by `python benchmarks/scaling.py` from",
              "`results/speed/scaling_*.json`. A straight line on log-log axes has the exponent as its slope; small sizes are",
              "dominated by fixed costs, so the slope of the last two points is given as well. Extra memory is the growth of the",
-             "peak in the first step. The floor is that of a BA-VQ step (`quantizer_step.py`). One run: a single point may differ by",
-             "up to two times in the next, so the exponents, above all those of two points, are rough.", ""]
+             "peak in the first step. The floor is that of a BA-VQ step (`quantizer_step.py`). One run: a single point may",
+             "differ by up to two times in the next, so the exponents, above all those of two points, are rough.", ""]
     for path in sorted(RESULTS.glob("scaling_*.json")):
         stored = json.loads(path.read_text())
         machine, methods, base = stored["machine"], stored["methods"], stored["base"]
