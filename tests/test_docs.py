@@ -33,7 +33,7 @@ def pictures_and_text(outputs):
 
 def test_the_notebook_runs_without_runs(tmp_path, monkeypatch):
     pictures, text = pictures_and_text(run_notebook(tmp_path / "none", monkeypatch))
-    assert pictures == 7 and "make run" in text and "sample" in text
+    assert pictures == 8 and "make run" in text and "sample" in text
     assert text.count("BA-VQ over VQ-EMA") == 2 and " ± " in text
 
 
@@ -42,7 +42,7 @@ def test_the_notebook_shows_the_users_runs(tmp_path, tiny_config, monkeypatch):
         for seed in (0, 1):
             vqvae.train(tiny_config(quantizer=quantizer, name=f"mine_{quantizer}_{seed}", seed=seed, epochs=1))
     pictures, text = pictures_and_text(run_notebook(tiny_config().out_dir, monkeypatch))
-    assert pictures == 7 and "mine_ba_vq_1" in text and "sample" not in text and " ± " in text
+    assert pictures == 8 and "mine_ba_vq_1" in text and "sample" not in text and " ± " in text
 
 
 def test_figures_of_every_kind(tiny_config, tmp_path):
