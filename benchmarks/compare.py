@@ -52,6 +52,9 @@ METHODS = {
 RESULTS = ROOT / "results" / "compare"
 REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of this project only)
 COLOURS, MARKERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "s^Dv"  # every pair of them once in 20 methods
+LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_classical": "VQ-EMA classical", "lib_ema": "VQ-EMA, k-means start, expiry",
+          "cvq": "CVQ-VAE", "lib_rotation": "VQ-EMA, rotation trick", "lib_cosine": "VQ-EMA, cosine", "lib_simvq": "SimVQ",
+          "lib_fsq": "FSQ", "sinkhorn": "Sinkhorn (OptVQ)", "wasserstein": "Wasserstein VQ"}  # in the figure
 REFERENCE = "vq_ema"  # differences are taken to this method, seed by seed
 
 
@@ -170,7 +173,7 @@ def rate_distortion_figure(path, dim=8, hidden=64, epochs=10):
                 continue
             looks.setdefault(name, dict(color=COLOURS[len(looks) % len(COLOURS)], marker=MARKERS[len(looks) % len(MARKERS)]))
             for axes in both:
-                axes.plot(rate, quality, linestyle="none", markersize=6, label=name, **looks[name])
+                axes.plot(rate, quality, linestyle="none", markersize=6, label=LABELS.get(name, name), **looks[name])
         curves.append(sorted(curve))
         for axes in both:
             axes.plot(*[[point[i] for point in curves[-1]] for i in (1, 2)], "o-", color="#0072B2", zorder=3,
@@ -179,9 +182,9 @@ def rate_distortion_figure(path, dim=8, hidden=64, epochs=10):
             axes.annotate(f"K={size}", (math.log2(size), 0.02), xycoords=("data", "axes fraction"), fontsize=8, rotation=90,
                           ha="right", annotation_clip=True)
     longest = max(curves, key=len, default=[])
-    for weight, rate, quality in longest:
-        both[1].annotate(f"λ={weight:g}".replace("inf", "∞"), (rate, quality), fontsize=8, xytext=(5, 5),
-                         textcoords="offset points")
+    for weight, rate, quality in longest:  # all to the right, where the curve falls away, but for the first
+        both[1].annotate(f"λ={weight:g}".replace("inf", "∞"), (rate, quality), fontsize=8, textcoords="offset points",
+                         **dict(xytext=(5, 5)) if weight else dict(xytext=(-5, 5), ha="right"))
     if longest:
         _, rates, qualities = zip(*longest)
         both[1].set(xlim=(min(rates) - 0.15, max(rates) + 0.1), ylim=(min(qualities) - 0.2, max(qualities) + 0.1))
