@@ -41,12 +41,13 @@ def load_runs(folders):
     for folder in map(Path, folders):
         path = folder / "final_metrics.json"
         try:
-            record = json.loads(path.read_text())
+            record = vqvae.read_json(path)
             config = vqvae.stored_config(record["config"])
             record["config"] = config.to_dict()  # every setting, also for runs from before one existed
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            record = {"name": folder.name, "method": method(config), **record, "psnr": float(record["psnr"])}
+        except (KeyError, TypeError, ValueError) as error:
             raise vqvae.UserError(f"{path}: no finished run here ({error})") from error
-        records.append({"name": folder.name, "method": method(config), **record})
+        records.append(record)
     return records
 
 
@@ -115,9 +116,9 @@ def _cells(values, columns):
 
 def _sort_value(record, key):
     """A record's metric or setting as something that sorts: None last, "inf" as a number."""
-    if key not in record and key not in record["config"]:
+    value = record[key] if key in record else record["config"].get(key, {})
+    if isinstance(value, dict):
         raise vqvae.UserError(f"sort_by: no metric or setting is called {key!r}; final_metrics.json has their names")
-    value = record[key] if key in record else record["config"][key]
     return value is None, math.inf if value == "inf" else value
 
 
@@ -218,7 +219,10 @@ def training_curves(folders):
     records = load_runs(folders)
     styles = looks(records, _name)
     for folder, record in zip(folders, records):
-        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        try:
+            lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise vqvae.UserError(f"{folder}: its metrics.jsonl is missing or damaged ({error}); leave the run out") from error
         lines = [line for line in lines if "train_perplexity" in line]  # without epochs of warm-up
         split = "val" if "val_psnr" in lines[-1] else "train"
         options = {**styles[record["name"]], "markersize": 4}
@@ -462,10 +466,15 @@ def main(argv=None):
     missing = [str(path) for path in options.folders if not path.exists()]
     if missing:
         raise vqvae.UserError(f"no such folder: {', '.join(missing)}")
-    unfinished = [path.name for path in options.folders if path.is_dir() and not (path / "final_metrics.json").exists()]
-    folders = [path for path in options.folders if (path / "final_metrics.json").exists()]
+    given = list({path.resolve(): path for path in options.folders}.values())  # each once
+    unfinished = [path.name for path in given if path.is_dir() and not (path / "final_metrics.json").exists()]
     if unfinished:
         print(f"left out, no finished run: {', '.join(unfinished)}")
+    folders = [path for path in given if (path / "final_metrics.json").exists()]
+    peers = [path for path in folders if "peer" in vqvae.read_json(path / "final_metrics.json")]
+    if peers:
+        print(f"left out, quantizers of benchmarks/peers.py: {', '.join(path.name for path in peers)}")
+    folders = [path for path in folders if path not in peers]
     records = load_runs(folders)
     if not records:
         raise vqvae.UserError("none of these is a run folder")

@@ -99,8 +99,8 @@ class Inception:
 def find_inception(path=None):
     """Path of the Inception file: `path`, or the cache, or downloaded there once. Raises UserError."""
     if path is not None:
-        if not Path(path).is_file():
-            raise vqvae.UserError(f"inception: {path} is no file; give the path of {INCEPTION_NAME}")
+        if not (Path(path).is_file() and os.access(path, os.R_OK)):
+            raise vqvae.UserError(f"inception: {path} is no file that can be read; give the path of {INCEPTION_NAME}")
         return Path(path)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqvae"
     for folder in (cache, Path("/tmp")):  # clean-fid itself keeps it in /tmp

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import math
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +77,7 @@ def decode_command(options, model, config):
     try:
         with np.load(options.input, allow_pickle=False) as stored:
             indices, size = stored["indices"], int(stored["codebook_size"])
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy and zipfile raise many types on damaged or foreign files; all mean the same here
         raise vqvae.UserError(f"{options.input}: not a file of `export_codes.py encode` ({error})") from error
     if size != config.codebook_size:
         raise vqvae.UserError(f"{options.input}: codes of a codebook of {size}, the checkpoint has {config.codebook_size}")

@@ -127,8 +127,8 @@ class Config:
     # training
     warmup_fraction: Optional[float] = option(None, "fraction of training before the quantizer joins in "
                                               "(default 0.1; vq_ema classical 0)", low=0, high=0.9)
-    epochs: int = option(30, "passes over the training set", low=1)
-    batch_size: int = option(128, "images per step, over all processes", low=1)
+    epochs: int = option(30, "passes over the training set, less the last images that fill no batch", low=1, high=1_000_000)
+    batch_size: int = option(128, "images per step, over all processes", low=1, high=1_000_000)
     lr: float = option(3e-3, "peak learning rate of AdamW (warm-up, then cosine decay to 0)", above=0, high=1)
     seed: int = option(0, "seed of weights, data order and restarts", low=0, high=(1 << 31) - 1)
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
@@ -148,8 +148,8 @@ class Config:
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         if self.name is None:
             object.__setattr__(self, "name", f"{self.quantizer}_k{self.codebook_size}")
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", self.name):
-            raise UserError(f"name: {self.name!r} must be letters, digits, '.', '_' and '-' (no folders)")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
+            raise UserError(f"name: {self.name!r} must be letters, digits, '.', '_' and '-', the first a letter or digit")
         if self.dataset == "cifar10" and self.image_size != 32:
             raise UserError(f"image_size: cifar10 images are 32 pixels, not {self.image_size}; drop the setting")
         if self.image_size % self.downsample:
@@ -194,7 +194,7 @@ def _checked(field, value):
     if value is None and optional:
         return None
     if kind is float and (type(value) is int or value == "inf"):  # JSON has no infinity
-        value = float(value)
+        value = float(value) if value == "inf" or abs(value) < 1 << 1000 else math.inf
     if type(value) is not kind:
         hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if kind is float and isinstance(value, str) else ""
         raise UserError(f"{field.name}: expected {kind.__name__}, got {value!r}{hint}")
@@ -233,7 +233,7 @@ def read_yaml(path: str | Path) -> dict:
     """The settings in a YAML file, as a dict. Raises UserError."""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _ConfigLoader)
-    except (OSError, RecursionError, ValueError, LookupError, AttributeError, yaml.YAMLError) as error:  # of PyYAML too
+    except (OSError, RecursionError, ArithmeticError, ValueError, LookupError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot read this YAML file: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
@@ -395,6 +395,8 @@ def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | 
         raise ValueError(f"distances must be a finite (N, K) matrix, got {tuple(distances.shape)}")
     if not (0 <= beta < math.inf):
         raise ValueError(f"beta must be finite and not negative, got {beta}")
+    if any(weights is not None and weights.shape != distances.shape[dim:dim + 1] for dim, weights in enumerate((source, prior))):
+        raise ValueError(f"source must be (N,) and prior (K,) for distances {tuple(distances.shape)}")
     if source is not None and not ((source >= 0).all() and 0 < source.sum() < math.inf):
         raise ValueError("source must be probabilities, none negative")
     if prior is not None and not ((prior > 0).all() and prior.sum() < math.inf):  # at 0 a code would stay for ever
@@ -713,7 +715,10 @@ class VQEMAQuantizer(Quantizer):
         counts = self.ema[:, -1:]  # (K, 1)
         total, epsilon = counts.sum(), 1e-5
         smoothed = (counts + epsilon) / (total + self.codebook_size * epsilon) * total  # Laplace
-        self.codebook.copy_(self._on_sphere(self.ema[:, :-1] / smoothed))
+        codes = self.ema[:, :-1] / smoothed  # (K, D)
+        if self.metric == "cosine":  # the sum of a code long dead has faded and gives no direction
+            codes = torch.where(codes.norm(dim=1, keepdim=True) > 1e-6, F.normalize(codes, dim=1), self.codebook)
+        self.codebook.copy_(codes)
 
 
 class BAQuantizer(Quantizer):
@@ -1021,7 +1026,10 @@ def dead_leaves(count: int, size: int, seed: int) -> torch.Tensor:
 
 
 def _folder(config, train):
-    """Images below data_dir/train and data_dir/test, or below data_dir with every tenth for the test."""
+    """Images below data_dir/train and data_dir/test, or below data_dir with about a tenth for the test.
+
+    The hash of an image's path says where it belongs, so one that was trained on stays there when the folder grows.
+    """
     root = Path(config.data_dir)
     split = root / ("train" if train else "test")
     has_splits = os.path.isdir(root / "train") and os.path.isdir(root / "test")
@@ -1029,12 +1037,14 @@ def _folder(config, train):
     if not os.path.isdir(base):  # unlike Path.is_dir, False for a name that is too long
         raise UserError(f"data_dir: {base} is no folder; give --data_dir the folder of your images")
     suffixes = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
-    paths = sorted(path for path in base.rglob("*") if path.suffix.lower() in suffixes)
-    paths = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]  # no split or subset is one class
+    found = [path for path in base.rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
+    places = {path: hashlib.sha256(path.relative_to(base).as_posix().encode(errors="surrogateescape")).digest() for path in found}
+    paths = sorted(found, key=places.__getitem__)  # shuffled: no split or subset is one class
     if not has_splits:
-        paths = [path for i, path in enumerate(paths) if (i % 10 == 9) != train]
+        paths = [path for path in paths if (places[path][0] < 26) != train]  # 26 of 256
     if not paths:
-        raise UserError(f"data_dir: too few images below {base} (found none for {'training' if train else 'the test'})")
+        raise UserError(f"data_dir: too few images below {base} (found none for {'training' if train else 'the test'}); "
+                        "folders train/ and test/ in it decide what is what")
     resize = torchvision.transforms.Compose([
         torchvision.transforms.Resize(config.image_size, antialias=True),
         torchvision.transforms.CenterCrop(config.image_size)])
@@ -1134,7 +1144,7 @@ def codebook_metrics(histogram: torch.Tensor) -> dict[str, float]:
     return {
         "perplexity": math.exp(entropy),
         "usage_rate": (histogram > 0).double().mean().item(),
-        "bits_per_index": entropy / math.log(2),
+        "bits_per_index": max(0.0, entropy / math.log(2)),  # no -0.0
     }
 
 
@@ -1236,8 +1246,9 @@ def atomic_write(path, write):
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)
-    except UserError:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):  # of a read-only folder, say; the first failure is the one to report
+            temporary.unlink()
         raise
 
 
@@ -1253,6 +1264,17 @@ def _writing(path):
 
 def write_json(path, values):
     atomic_write(path, lambda file: file.write((json.dumps(values, indent=2, allow_nan=False) + "\n").encode()))
+
+
+def read_json(path):
+    """The dict in a JSON file. Raises UserError."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read this JSON file ({error}); remove it or bring it back") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return values
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -1291,6 +1313,8 @@ def load_state(model, state, path):
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: the weights do not fit the model of its config ({reason})") from error
+    if not all(weight.isfinite().all() for weight in model.state_dict().values() if isinstance(weight, torch.Tensor)):
+        raise UserError(f"{path}: holds weights that are not finite; take an earlier checkpoint")
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQVAE, Config]:
@@ -1299,6 +1323,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQ
     config = stored_config(state["config"])
     model = make_model(config)
     load_state(model, state, path)
+    if not model.quantizer.initialized:
+        raise UserError(f"{path}: was saved during the warm-up, before there were codes; take a later checkpoint")
     return model.to(device).eval(), config
 
 
@@ -1347,8 +1373,10 @@ def check_run_folder(config):
         if config.resume:
             raise UserError(f"{folder}: no run to resume; drop --resume to start one")
         return folder
+    values = read_yaml(stored)
+    if not {"quantizer", "codebook_size", "name"} <= set(values):
+        raise UserError(f"{folder}: its config.yaml is of no run of this project; choose another --name")
     if not config.overwrite:
-        values = read_yaml(stored)
         if "whitening" in values:
             raise UserError(f"{folder}: holds a run of an earlier version, which started from other weights; "
                             "choose another --name or add --overwrite")
@@ -1380,10 +1408,11 @@ def locked(folder):
 
 
 def clear_run_folder(folder):
-    """Delete what a run writes, and nothing else."""
-    for name in ("config.yaml", "metrics.jsonl", "timing.jsonl", "final_model.pt", "final_metrics.json", "eval_metrics.json",
-                 "reconstructions.png", "codebook_usage.png", "wandb_id", *(path.name for path in checkpoints(folder))):
-        (folder / name).unlink(missing_ok=True)
+    """Delete what a run writes, and nothing else; last what tells that the folder is a run."""
+    for name in ("final_metrics.json", *(path.name for path in checkpoints(folder)), "metrics.jsonl", "timing.jsonl",
+                 "final_model.pt", "eval_metrics.json", "reconstructions.png", "codebook_usage.png", "wandb_id", "config.yaml"):
+        with _writing(folder / name):
+            (folder / name).unlink(missing_ok=True)
 
 
 def config_yaml(config):
@@ -1391,17 +1420,17 @@ def config_yaml(config):
     return yaml.safe_dump(dataclasses.replace(config, overwrite=False, resume=False).to_dict(), sort_keys=False)
 
 
-def save_checkpoint(folder, position, model, optimizer, config, step, losses, histogram):
+def save_checkpoint(folder, position, model, optimizer, config, step, losses, histogram, seconds=0.0):
     """Write a checkpoint at position (finished epochs, steps into the next); keep the newest two.
 
-    Losses and histogram of the unfinished epoch are those of all processes.
+    Losses and histogram of the unfinished epoch are those of all processes; seconds: spent in it so far.
     """
     losses, histogram = all_reduce(losses.clone()) / world_size(), all_reduce(histogram.clone())
     if rank() != 0:
         return
     name = f"checkpoint_epoch_{position[0]:04d}" + (f"_step_{position[1]:07d}" if position[1] else "")
     state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(),
-             "optimizer": optimizer.state_dict(), "step": step, "losses": losses, "histogram": histogram}
+             "optimizer": optimizer.state_dict(), "step": step, "losses": losses, "histogram": histogram, "seconds": seconds}
     atomic_write(folder / f"{name}.pt", lambda file: torch.save(state, file))
     for old in checkpoints(folder)[:-2]:
         old.unlink()
@@ -1418,8 +1447,10 @@ def reconstruction_picture(model, images, title, path, refine=0):
         x = to_float(images.to(device))
         y = to_bytes(model(x, refine=refine).images).cpu()
     originals = images.permute(0, 3, 1, 2).cpu()  # (N, 3, S, S)
-    rows = [row for pair in zip(originals.split(8), y.split(8)) for row in pair]
-    grid = torchvision.utils.make_grid(torch.cat(rows), nrow=8, padding=2, pad_value=255)
+    columns = min(8, len(images))
+    gap = originals.new_full((-len(images) % columns, *originals.shape[1:]), 255)  # white, to fill the last rows
+    rows = [row for pair in zip(*(torch.cat([some, gap]).split(columns) for some in (originals, y))) for row in pair]
+    grid = torchvision.utils.make_grid(torch.cat(rows), nrow=columns, padding=2, pad_value=255)
     scale = max(1, 64 // images.shape[1])
     pixels = grid.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
     height, width = pixels.shape[:2]
@@ -1570,7 +1601,7 @@ def start_wandb(config, folder):
 
 def start_processes():
     """Join the process group when started by torchrun."""
-    if "RANK" in os.environ and not dist.is_initialized():
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ) and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -1604,7 +1635,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     done = folder / "final_metrics.json"
     if done.exists() and not config.overwrite:
         say(f"{folder}: already finished with this config; --overwrite trains it again")
-        return json.loads(done.read_text())
+        return read_json(done)
     say(f"device: {device} ({device_reason}); networks in {str(dtype)[6:]} ({dtype_reason}); seed {config.seed}")
 
     if dist.is_initialized():
@@ -1628,7 +1659,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
         model.decoder.compile()
 
     with locked(folder), _deterministic(config.deterministic), _Signals() as signals:
-        step, losses, histogram = restore(config, folder, model, optimizer, steps_per_epoch)
+        step, losses, histogram, spent = restore(config, folder, model, optimizer, steps_per_epoch)
         wandb_run = start_wandb(config, folder)
         local = slice(rank() * batch_size // world_size(), (rank() + 1) * batch_size // world_size())
         set_progress = getattr(model.quantizer, "set_progress", lambda progress: None)
@@ -1637,7 +1668,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
         while step < total_steps:
             epoch, start = divmod(step, steps_per_epoch)
             order = epoch_order(len(train_set), config.seed, epoch).to(device)
-            began = time.perf_counter()
+            began, spent = time.perf_counter() - spent, 0.0
             model.train()
             progress = range(start, steps_per_epoch)
             for i in tqdm(progress, desc=f"epoch {epoch + 1}/{config.epochs}", leave=False,
@@ -1656,7 +1687,8 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
                 if step % 100 == 0 or signum:
                     check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
                 if signum and i + 1 < steps_per_epoch:
-                    save_checkpoint(folder, (epoch, i + 1), model, optimizer, config, step, losses, histogram)
+                    save_checkpoint(folder, (epoch, i + 1), model, optimizer, config, step, losses, histogram,
+                                    time.perf_counter() - began)
                     raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
 
             check_finite(losses, epoch * steps_per_epoch, model)
@@ -1664,7 +1696,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
             record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
             if rank() == 0:
                 timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": seconds,
-                          "images_per_second": len(progress) * batch_size / seconds}
+                          "images_per_second": steps_per_epoch * batch_size / seconds}
                 report_epoch(config, folder, record, timing, wandb_run)
             losses.zero_()
             histogram.zero_()
@@ -1682,7 +1714,10 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
 
 
 def restore(config, folder, model, optimizer, steps_per_epoch):
-    """Continue from the newest checkpoint, if any: (step, this epoch's losses (steps, 2), code histogram (K,))."""
+    """Continue from the newest checkpoint, if any: (step, this epoch's losses (steps, 2), code histogram (K,), seconds).
+
+    Raises UserError where the checkpoint is damaged or the data set has changed its size.
+    """
     if rank() == 0:
         check_run_folder(config)  # again, now that no other process can write here
         if config.overwrite:
@@ -1690,15 +1725,20 @@ def restore(config, folder, model, optimizer, steps_per_epoch):
     if dist.is_initialized():
         dist.barrier()
     device = next(model.parameters()).device
-    step = 0
+    step, seconds = 0, 0.0
     losses = torch.zeros(steps_per_epoch, 2, device=device)  # reconstruction, quantizer
     histogram = torch.zeros(config.codebook_size, dtype=torch.int64, device=device)  # of hard codes
     saved = checkpoints(folder)
     if saved:
         state = read_checkpoint(saved[-1])
         load_state(model, state, saved[-1])
+        if not {"optimizer", "step", "losses", "histogram"} <= set(state):
+            raise UserError(f"{saved[-1]}: is no checkpoint of training; remove it")
+        if len(state["losses"]) != steps_per_epoch:
+            raise UserError(f"{folder}: its epochs have {len(state['losses'])} steps, with the images there are now "
+                            f"{steps_per_epoch}; bring the old images back or choose another --name")
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        step, seconds = state["step"], state.get("seconds", 0.0)  # none in earlier versions
         losses.copy_(state["losses"])
         histogram.copy_(state["histogram"] if rank() == 0 else 0)
         say(f"resuming {folder} from {saved[-1].name} (step {step} of {steps_per_epoch * config.epochs})")
@@ -1706,7 +1746,7 @@ def restore(config, folder, model, optimizer, steps_per_epoch):
         atomic_write(folder / "config.yaml", lambda file: file.write(config_yaml(config).encode()))
         for log in ("metrics.jsonl", "timing.jsonl"):
             keep_lines(folder / log, step // steps_per_epoch)
-    return step, losses, histogram
+    return step, losses, histogram, seconds
 
 
 def keep_lines(path, count):
@@ -1768,6 +1808,8 @@ def finish_run(config, folder, model, train_set, test_set):
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     metrics["seed"] = config.seed
     metrics["config"] = config.to_dict()
+    if type(model.quantizer) not in (VQEMAQuantizer, BAQuantizer):
+        metrics["peer"] = type(model.quantizer).__name__  # and not what the config says
     state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict()}
     atomic_write(folder / "final_model.pt", lambda file: torch.save(state, file))
     reconstruction_picture(model, test_set[:16], f"{config.name}: PSNR {metrics['psnr']:.2f} dB on {len(test_set)} test images",

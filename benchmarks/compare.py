@@ -56,6 +56,7 @@ LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_classical": "VQ-EMA classical", "lib
           "cvq": "CVQ-VAE", "lib_rotation": "VQ-EMA, rotation trick", "lib_cosine": "VQ-EMA, cosine", "lib_simvq": "SimVQ",
           "lib_fsq": "FSQ", "sinkhorn": "Sinkhorn (OptVQ)", "wasserstein": "Wasserstein VQ"}  # in the figure
 REFERENCE = "vq_ema"  # differences are taken to this method, seed by seed
+SHARED = ("train_subset", "test_subset", "val_size", "image_size", "downsample", "batch_size", "lr")  # within a table
 
 
 def run_name(method, size, dim, seed, config):
@@ -65,7 +66,9 @@ def run_name(method, size, dim, seed, config):
 def cell(method, size, dim, seed, extra):
     """(Config, peer quantizer or None) of one cell of the grid. Raises UserError."""
     flags = [*METHODS[method], "--codebook_size", str(size), "--latent_dim", str(dim), "--seed", str(seed), *extra]
-    config, _ = train.config_from(flags)
+    config, dry_run = train.config_from(flags)
+    if dry_run:
+        raise vqvae.UserError("dry_run: belongs to train.py; drop it here")
     torch.manual_seed(seed)
     quantizer = peers.PEERS[method](config) if method in peers.PEERS else None
     return dataclasses.replace(config, name=run_name(method, size, dim, seed, config)), quantizer
@@ -98,12 +101,19 @@ def run(method, size, dim, seed, extra, threads):
 
 
 def load_results():
-    """All result records, grouped: {(data set, K, D, hidden, epochs): {method: {seed: record}}}."""
-    groups = {}
+    """All result records, grouped: {(data set, K, D, hidden, epochs): {method: {seed: record}}}.
+
+    Raises UserError where a group has runs whose other settings differ.
+    """
+    groups, settings = {}, {}
     for path in sorted(RESULTS.glob("*.json")):
-        record = json.loads(path.read_text())
+        record = vqvae.read_json(path)
         c = record["config"]
         key = (c["dataset"], c["codebook_size"], c["latent_dim"], c["hidden_dim"], c["epochs"])
+        first = settings.setdefault(key, c)
+        for name in SHARED:
+            if c[name] != first[name]:
+                raise vqvae.UserError(f"{path}: {name} {c[name]}, other runs of its table {first[name]}; move it away")
         groups.setdefault(key, {}).setdefault(record["method"], {})[record["seed"]] = record
     return groups
 
@@ -116,7 +126,8 @@ def spread(values, form):
 
 def difference(runs, reference, key, form="{:+.3f}"):
     """(mean and spread of a metric's difference over the seeds that both have, p of a paired t-test from three on), as text."""
-    deltas = [runs[seed][key] - reference[seed][key] for seed in sorted(set(runs) & set(reference))]
+    deltas = [runs[seed][key] - reference[seed][key] for seed in sorted(set(runs) & set(reference))
+              if key in runs[seed] and key in reference[seed]]  # no SSIM below 11 pixels
     if len(deltas) < 3:
         return spread(deltas, form) if deltas else "", ""
     p = scipy.stats.ttest_1samp(deltas, 0).pvalue
@@ -231,11 +242,15 @@ def main(argv=None):
         RESULTS.mkdir(parents=True, exist_ok=True)
         threads = max(1, (os.cpu_count() or 1) // options.jobs)
         with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-            futures = [pool.submit(run, m, s, d, seed, extra, threads) for s, d, seed, m in cells]
-            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                if future.exception():
-                    pool.shutdown(cancel_futures=True)
-                print(f"[{done}/{len(cells)}] {future.result()}", flush=True)
+            waiting, running, done = list(reversed(cells)), set(), 0
+            while waiting or running:  # no more are submitted than run, so that after Ctrl-C or a failure no other begins
+                while waiting and len(running) < options.jobs:
+                    s, d, seed, m = waiting.pop()
+                    running.add(pool.submit(run, m, s, d, seed, extra, threads))
+                ended, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in ended:
+                    done += 1
+                    print(f"[{done}/{len(cells)}] {future.result()}", flush=True)
     vqvae.atomic_write(ROOT / "results" / "summary.md", lambda file: file.write(summary().encode()))
     rate_distortion_figure(ROOT / "results" / "rate_distortion.png")
     print("wrote results/summary.md, results/rate_distortion.png")

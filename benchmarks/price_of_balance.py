@@ -48,8 +48,8 @@ def live_directions(covariance, bits):
 
 
 def balanced_to_best(d):
-    """Distortion of balanced cells over the least one, for a Gaussian of d live dimensions; infinite up to d = 2."""
-    return ((d - 2) / d) ** (-d / 2) / (d / (d + 2)) ** (-(d + 2) / 2) if d > 2 else math.inf
+    """Distortion of balanced cells over the least one, for a Gaussian of d live dimensions; None up to d = 2 (infinite)."""
+    return ((d - 2) / d) ** (-d / 2) / (d / (d + 2)) ** (-(d + 2) / 2) if d > 2 else None
 
 
 def fit(config, z, passes, seed):
@@ -143,8 +143,9 @@ def price(path, weights, passes, seed):
         torch.manual_seed(seed)
         errors, left = error_by_direction(model, val_images[:500])
         record.update({"error_by_direction": errors.tolist(), "error_left": left.tolist()})
-    share = 1 - 10 ** ((record["fits"]["VQ-EMA"]["psnr"] - plain) / 10)  # of the squared error, due to the quantizer
-    record["theory_psnr"] = -10 * math.log10(1 + share * (balanced_to_best(d) - 1))
+    if d > 2:
+        share = 1 - 10 ** ((record["fits"]["VQ-EMA"]["psnr"] - plain) / 10)  # of the squared error, due to the quantizer
+        record["theory_psnr"] = -10 * math.log10(1 + share * (record["theory_distortion"] - 1))
     return record
 
 
@@ -157,7 +158,8 @@ def report(record):
     return "\n".join([
         f"{record['run']}: K={size}, {record['live_directions']} live directions, without quantizer "
         f"{record['unquantized_psnr']:.2f} dB.",
-        f"Theory, balanced against best: distortion × {record['theory_distortion']:.3f}, PSNR {record['theory_psnr']:+.3f} dB.",
+        f"Theory, balanced against best: distortion × {record['theory_distortion']:.3f}, PSNR {record['theory_psnr']:+.3f} dB."
+        if "theory_psnr" in record else "Theory, balanced against best: no finite factor up to two live directions.",
         *(f"{what}: {', '.join(f'{e:.4f}' for e in record[key][:12])}" for what, key in (
             ("Squared error of a tile by direction of the latents", "error_by_direction"),
             ("Largest components of all that is left", "error_left"))),

@@ -51,7 +51,8 @@ def measure_point(point, device):
 def run_point(point, device):
     """measure_point in fresh processes; the record of the first."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(point["processes"])]
-    command = [sys.executable, *(launcher if point["processes"] > 1 else []), __file__, "--device", str(device),
+    several = point["processes"] > 1  # each process then takes a GPU of its own
+    command = [sys.executable, *(launcher if several else []), __file__, "--device", device.type if several else str(device),
                "--point", json.dumps(point)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -185,7 +186,7 @@ def main(argv=None):
         for what, planned in plan.items():
             records[what] = []
             for point in planned:
-                records[what].append(run_point(point, device.type))
+                records[what].append(run_point(point, device))
                 done = sum(map(len, records.values()))
                 shown = " ".join(f"{name}={point[name]}" for name in ("K", "D", "N", "processes"))
                 print(f"[{done}/{total}] {shown} {point['method']}: {records[what][-1]['seconds'] * 1e3:.3g} ms "

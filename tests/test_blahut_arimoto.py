@@ -70,7 +70,7 @@ def test_bad_arguments(distances, beta):
 
 
 @pytest.mark.parametrize("which", ["source", "prior"])
-@pytest.mark.parametrize("values", [[-0.5, 1.5], [0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
+@pytest.mark.parametrize("values", [[-0.5, 1.5], [0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0], [0.5, 0.3, 0.2]])
 def test_bad_probabilities(which, values):
     with pytest.raises(ValueError, match=which):
         blahut_arimoto(torch.rand(2, 2), 1.0, **{which: torch.tensor(values)})

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import pickle
 import re
@@ -105,7 +106,7 @@ BAD_FLAGS = [
     "--train_subset 0", "--train_subset -3", "--train_subset 10001 --dataset dead_leaves --val_size 9",
     "--test_subset 0", "--test_subset 2001 --dataset dead_leaves --val_size 9", "--name ../escape", "--name a/b",
     "--name .hidden", "--name ''", "--name /etc/passwd", "--name ..", "--config nowhere.yaml", "--config .", "--confg x",
-    "--quantiser ba_vq", "--whitening 1",
+    "--quantiser ba_vq", "--whitening 1", "--name _legend", "--epochs 1" + "0" * 400, "--batch_size 1" + "0" * 400,
     "--resume", "--resume --overwrite", "--dataset folder --data_dir nowhere", "--epochs 3 4", "extra", "--wandb=yes",
     "--out_dir ''", "--data_dir ''", "--deterministic=1", "--extra\nline", "--dataset folder --data_dir a\nb",
     "--dataset folder --data_dir " + "d" * 300, "--out_dir " + "o" * 300, "--config " + "c" * 300, "--name " + "n" * 200,
@@ -140,7 +141,8 @@ BAD_YAML = {
     "null byte": "lr: \x00", "null byte in a path": 'out_dir: "a\\0b"', "null byte in a name": 'name: "a\\0b"',
     "no such boolean": "wandb: !!bool maybe", "empty integer": 'seed: !!int ""', "no timestamp": "name: !!timestamp x",
     "no mapping": "!!map x", "impossible date": "name: 2001-99-99", "digits without a number": "seed: 0x_", "merge": "<<: 3",
-    "deep": "[" * 3000, "huge integer": "seed: " + "9" * 400,
+    "deep": "[" * 3000, "huge integer": "seed: " + "9" * 400, "huge number": "lr: 1" + "0" * 400,
+    "number to base 60": "lr: !!float " + ":".join("1" * 300),
 }
 
 
@@ -237,9 +239,11 @@ def damaged_checkpoints(good, folder):
     data = good.read_bytes()
     state = torch.load(good, weights_only=True)
     smaller = {**state, "config": {**state["config"], "codebook_size": 8}}
+    nan = {key: value * math.nan if "decoder" in key else value for key, value in state["model"].items()}
     files = {"truncated": data[:len(data) // 2], "empty": b"", "garbage": bytes(range(256)) * 10, "text": b"hello",
              "flipped": data[:300] + bytes(200) + data[500:]}
-    objects = {"foreign": {"state_dict": {}}, "list": [1, 2], "tensor": torch.zeros(3), "pickled object": Malice(),
+    objects = {"not a number": {**state, "model": nan},
+               "foreign": {"state_dict": {}}, "list": [1, 2], "tensor": torch.zeros(3), "pickled object": Malice(),
                "wrong shapes": smaller, "future": {**state, "format_version": 99}, "no config": {"model": {}},
                "bad config": {**state, "config": {**state["config"], "lr": "fast"}},
                "unknown setting": {**state, "config": {**state["config"], "surprise": 1}},
@@ -281,9 +285,10 @@ def test_a_damaged_resume_checkpoint_is_named(tiny_config, tmp_path):
     vqvae.train(config)
     folder = tmp_path / "experiments" / "tiny"
     (folder / "final_metrics.json").unlink()
-    (folder / "checkpoint_epoch_0002.pt").write_bytes(b"broken")
-    with pytest.raises(vqvae.UserError, match="checkpoint_epoch_0002.pt"):
-        vqvae.train(config)
+    for content in (b"broken", (folder / "final_model.pt").read_bytes()):
+        (folder / "checkpoint_epoch_0002.pt").write_bytes(content)
+        with pytest.raises(vqvae.UserError, match="checkpoint_epoch_0002.pt"):
+            vqvae.train(config)
 
 
 def test_read_only_and_occupied_output(tiny, capsys, tmp_path):

@@ -36,6 +36,45 @@ def test_one_json_per_run_and_no_repetition(results, tiny, tmp_path, monkeypatch
             compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
 
 
+def test_no_run_begins_after_a_failure(results, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [w for k, v in tiny(epochs=1).items() if k not in ("name", "codebook_size", "latent_dim", "out_dir")
+             for w in (f"--{k}", str(v))]
+    begun = []
+
+    class Pool:
+        def __init__(self, jobs, context):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, function, method, size, *_):
+            begun.append(size)
+            future = compare.concurrent.futures.Future()
+            if size == 8:
+                future.set_exception(vqvae.Interrupted("stopped", 2))
+            else:
+                future.set_result("done")
+            return future
+
+    monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", Pool)
+    words = ["--methods", "vq_ema", "--codebook_sizes", "4,8,16,32", "--latent_dims", "4", "--seeds", "0", *flags]
+    assert vqvae.run_command(lambda: compare.main(words)) == 130
+    assert begun == [4, 8]
+
+
+def test_tables_of_unequal_settings_are_refused(results, tiny_config):
+    for method, lr in (("vq_ema", 0.001), ("ba_vq_lambda10", 0.002)):
+        record = {"method": method, "seed": 0, "config": tiny_config(lr=lr).to_dict()}
+        (results / f"{method}.json").write_text(json.dumps(record))
+    with pytest.raises(vqvae.UserError, match="vq_ema.json: lr 0.001, other runs of its table 0.002"):
+        compare.summary()
+
+
 def test_summary_by_hand(results, tiny_config):
     for method, values in (("vq_ema", [20.0, 21.0, 22.0]), ("ba_vq_lambda10", [20.5, 21.6, 22.4])):
         for seed, psnr in enumerate(values):
@@ -51,7 +90,8 @@ def test_summary_by_hand(results, tiny_config):
 
 @pytest.mark.parametrize("words", [["--methods", "magic"], ["--seeds", "x"], ["--codebook_sizes", "512,"], ["--lr", "fast"],
                                    ["--jobs", "0"], ["--seed", "1"], ["--codebook_size=64"], ["--seeds", "0,-1"],
-                                   ["--codebook_sizes", "0"], ["--methods", "vq_ema,lib_fsq", "--codebook_sizes", "500"]])
+                                   ["--codebook_sizes", "0"], ["--dry_run"],
+                                   ["--methods", "vq_ema,lib_fsq", "--codebook_sizes", "500"]])
 def test_bad_words(words, results, capsys):
     assert vqvae.run_command(lambda: compare.main(words)) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not list(results.iterdir())

@@ -85,14 +85,20 @@ def test_folder_reads_odd_images(tmp_path):
     assert vqvae.test_images(folder_config(tmp_path)).shape == (1, 16, 16, 3)
 
 
-def test_folder_without_splits_keeps_a_tenth_for_the_test(tmp_path):
-    for i in range(40):
-        save(tmp_path / f"class{i // 20}" / f"{i:02d}.png", np.full((16, 16, 3), i, np.uint8))
-    train, val = vqvae.training_images(folder_config(tmp_path, val_size=10))
-    test = vqvae.test_images(folder_config(tmp_path))
-    seen = [images[:, 0, 0, 0].tolist() for images in (train, val, test)]
-    assert [len(part) for part in seen] == [26, 10, 4] and sorted(sum(seen, [])) == list(range(40))
-    assert {value // 20 for value in seen[1]} == {0, 1}  # no split is one class
+def test_folder_without_splits_keeps_about_a_tenth_for_the_test_also_when_it_grows(tmp_path):
+    def parts():
+        images = [*vqvae.training_images(folder_config(tmp_path, val_size=20)), vqvae.test_images(folder_config(tmp_path))]
+        return [part[:, 0, 0, 0].tolist() for part in images]
+
+    for i in range(200):
+        save(tmp_path / f"class{i // 100}" / f"{i:03d}.png", np.full((4, 4, 3), i, np.uint8))
+    train, val, test = parts()
+    assert len(val) == 20 and 10 < len(test) < 30 and sorted(train + val + test) == list(range(200))
+    assert {value // 100 for value in val} == {0, 1}  # no split is one class
+    for i in range(200, 240):
+        save(tmp_path / "class0" / f"{i:03d}.png", np.full((4, 4, 3), i, np.uint8))
+    grown = parts()
+    assert len(sum(grown, [])) == 240 and not set(grown[2]) & {*train, *val} and set(test) <= set(grown[2])
 
 
 def bomb(path):

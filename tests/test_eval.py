@@ -210,6 +210,16 @@ def test_the_pictures_show_the_test_images(run_folder, refine):
     assert (run_folder / "codebook_usage.png").stat().st_size > 3000
 
 
+def test_the_last_row_of_originals_is_filled_up_in_white(run_folder, tmp_path):
+    model, config = vqvae.load_model(run_folder / "final_model.pt")
+    images = vqvae.test_images(config)[:10]
+    vqvae.reconstruction_picture(model, images, "ten images", tmp_path / "ten.png")
+    pixels = np.asarray(Image.open(tmp_path / "ten.png").convert("RGB"))
+    top = pixels.shape[0] - 4 * (4 * 18 + 2) + 4 * (2 + 18 * 2)  # the third of four rows: originals 8 and 9
+    row = pixels[top:top + 64:4, ::4].astype(int)
+    assert np.abs(row[:, 2:18] - images[8].numpy()).max() <= 1 and (row[:, 2 + 18 * 2:] == 255).all()
+
+
 def test_a_folder_stands_for_all_runs_below(run_folder, tiny_config, capsys):
     vqvae.train(tiny_config(epochs=1, name="other", quantizer="vq_ema"))
     assert eval_cifar.main(["--checkpoint", str(run_folder.parent), "--no_fid"]) == 0

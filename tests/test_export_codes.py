@@ -91,7 +91,12 @@ def test_bad_files_give_one_line(checkpoint, tmp_path, capsys):
     np.savez(tmp_path / "keys.npz", other=good)
     np.savez(tmp_path / "pickle.npz", indices=np.array([{}], dtype=object), codebook_size=16)
     (tmp_path / "text.npz").write_text("hello")
-    for name in ("size", "range", "shape", "keys", "pickle", "text", "missing"):
+    np.savez(tmp_path / "infinite.npz", indices=good, codebook_size=np.inf)
+    np.savez_compressed(tmp_path / "flipped.npz", indices=np.arange(32, dtype=np.uint8).reshape(2, 4, 4), codebook_size=16)
+    data = bytearray((tmp_path / "flipped.npz").read_bytes())
+    data[60:70] = bytes(10)  # of the compressed indices: zlib.error
+    (tmp_path / "flipped.npz").write_bytes(data)
+    for name in ("size", "range", "shape", "keys", "pickle", "text", "infinite", "flipped", "missing"):
         code = run("decode", "--checkpoint", checkpoint, "--input", tmp_path / f"{name}.npz", "--output", tmp_path / "out.npz")
         err = capsys.readouterr().err
         assert code == 2 and err.count("\n") == 1 and f"{name}.npz" in err, (name, err)

@@ -105,6 +105,14 @@ def test_prices_of_a_run(tiny, tmp_path, monkeypatch, capsys):
     assert (folder / "final_model.pt").read_bytes() == before
 
 
+def test_a_run_of_two_directions_has_no_price_in_theory(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(price_of_balance, "RESULTS", tmp_path / "price.json")
+    vqvae.train(vqvae.Config(**tiny(epochs=1, latent_dim=2)))
+    price_of_balance.main([str(tmp_path / "experiments" / "tiny"), "--entropy_weights", "1", "--passes", "1"])
+    record, = json.loads((tmp_path / "price.json").read_text())
+    assert record["theory_distortion"] is None and "no finite factor" in capsys.readouterr().out
+
+
 def test_codebooks_are_fitted_with_the_tuned_decay_whatever_the_run_had(tiny, tmp_path, monkeypatch):
     vqvae.train(vqvae.Config(**tiny(epochs=1, quantizer="vq_ema", vq_recipe="classical")))
     decays, fit = [], price_of_balance.fit

@@ -198,6 +198,15 @@ def test_wrong_shapes_are_refused(shape):
         BAQuantizer(8, 4).train()(torch.randn(shape))
 
 
+def test_a_dead_code_stays_on_the_sphere():
+    quantizer = VQEMAQuantizer(16, 4, metric="cosine", recipe="classical", ema_decay=0.5).train()
+    z = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.9, 0.1, 0.0, 0.0]]).repeat(20, 1)
+    for _ in range(200):
+        quantizer(z)
+    assert (quantizer.ema[:, -1] < 1e-12).any()
+    assert torch.allclose(quantizer.codebook.norm(dim=1), torch.ones(16))
+
+
 @pytest.mark.parametrize("kind, values", [(VQEMAQuantizer, {"codebook_size": 0}), (VQEMAQuantizer, {"metric": "cosin"}),
                                           (VQEMAQuantizer, {"ema_decay": 1.0}), (VQEMAQuantizer, {"recipe": "new"}),
                                           (BAQuantizer, {"entropy_weight": -1.0}), (BAQuantizer, {"entropy_weight": math.nan}),

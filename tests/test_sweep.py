@@ -260,6 +260,23 @@ def test_comparison_table(tiny_config, capsys):
     assert all((folder / f"{name}.png").stat().st_size > 5000 for name in ("summary", "training", "usage"))
     with pytest.raises(vqvae.UserError, match="no such folder: nowhere"):
         analysis.main([str(folder / "vq_ema"), "nowhere"])
+    with pytest.raises(vqvae.UserError, match="sort_by"):
+        analysis.main([str(folder / "vq_ema"), "--sort_by", "config"])
+    (folder / "vq_ema" / "metrics.jsonl").unlink()
+    with pytest.raises(vqvae.UserError, match="metrics.jsonl is missing"):
+        analysis.main([str(folder / "vq_ema")])
+
+
+def test_a_run_given_twice_is_one_and_a_peer_is_no_vq_ema(tiny_config, capsys):
+    class Peer(vqvae.VQEMAQuantizer):
+        pass
+
+    vqvae.train(tiny_config(name="own", quantizer="vq_ema", epochs=1))
+    vqvae.train(tiny_config(name="other", quantizer="vq_ema", epochs=1), Peer(16, 4))
+    folder = vqvae.Path(tiny_config().out_dir)
+    analysis.main([str(folder / "own"), str(folder / "other" / ".." / "own"), str(folder / "other")])
+    out = capsys.readouterr().out
+    assert out.count("VQ-EMA tuned") == 1 and "left out, quantizers of benchmarks/peers.py: other" in out
 
 
 @pytest.mark.parametrize("words", [[], ["nowhere"], ["--sort_by"]])

@@ -82,12 +82,17 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tiny_config, quantizer, 
         return real_step(*arguments, **options)
 
     monkeypatch.setattr(vqvae, "train_step", interrupted_step)
+    one, two = (vqvae.Path(whole.out_dir) / name for name in ("whole", "parts"))
+    spent = []
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
         with pytest.raises(vqvae.Interrupted) as stop:
             vqvae.train(parts)
         assert stop.value.signum == signum
+        spent.append(vqvae.read_checkpoint(vqvae.checkpoints(two)[-1])["seconds"])
     vqvae.train(parts)
-    one, two = (vqvae.Path(whole.out_dir) / name for name in ("whole", "parts"))
+    assert spent[2] == 0  # between two epochs
+    for line, before in zip((two / "timing.jsonl").read_text().splitlines(), spent[:2]):
+        assert 0 < before < json.loads(line)["seconds"]
     assert same_weights(final_state(one), final_state(two))
     assert (one / "metrics.jsonl").read_text() == (two / "metrics.jsonl").read_text()
     first, second = (json.loads((f / "final_metrics.json").read_text()) for f in (one, two))
@@ -133,7 +138,44 @@ def test_overwrite_never_clears_a_foreign_folder(tiny_config, tmp_path):
     precious.write_text("years of work")
     with pytest.raises(vqvae.UserError, match="not a run"):
         vqvae.train(tiny_config(overwrite=True))
+    precious.with_name("config.yaml").write_text("model: resnet")
+    with pytest.raises(vqvae.UserError, match="config.yaml is of no run of this project"):
+        vqvae.train(tiny_config(overwrite=True))
     assert precious.read_text() == "years of work"
+
+
+def test_an_overwrite_that_was_stopped_can_be_repeated(tiny_config, monkeypatch):
+    vqvae.train(tiny_config(epochs=1))
+    unlink, count = vqvae.Path.unlink, [0]
+
+    def stopped(path, **options):
+        count[0] += 1
+        if count[0] == 3:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    monkeypatch.setattr(vqvae.Path, "unlink", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        vqvae.train(tiny_config(epochs=1, overwrite=True))
+    monkeypatch.undo()
+    assert vqvae.train(tiny_config(epochs=1, overwrite=True))["num_images"] == 40
+
+
+def test_a_data_set_that_changed_its_size_is_not_resumed(tiny_config, monkeypatch):
+    vqvae.train(tiny_config(train_subset=None))
+    folder = vqvae.Path(tiny_config().out_dir) / "tiny"
+    (folder / "final_metrics.json").unlink()
+    monkeypatch.setattr(vqvae, "DEAD_LEAVES_SIZES", {True: 260, False: 60})
+    with pytest.raises(vqvae.UserError, match="epochs have 6 steps.*there are now 10"):
+        vqvae.train(tiny_config(train_subset=None))
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{"])
+def test_damaged_final_metrics_are_named(tiny_config, content):
+    vqvae.train(tiny_config(epochs=1))
+    (vqvae.Path(tiny_config().out_dir) / "tiny" / "final_metrics.json").write_text(content)
+    with pytest.raises(vqvae.UserError, match="final_metrics.json"):
+        vqvae.train(tiny_config(epochs=1))
 
 
 @pytest.mark.parametrize("whitening", [0.0, 1.0])
@@ -310,6 +352,11 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(vqvae.UserError, match="No space left"):
         vqvae.atomic_write(target, write)
     assert target.read_bytes() == b"good" and list(tmp_path.iterdir()) == [target]
+    with pytest.raises(vqvae.UserError, match="cannot write"):
+        vqvae.atomic_write(target / "below a file", lambda file: file.write(b"x"))
+    with pytest.raises(ValueError, match="not JSON"):
+        vqvae.write_json(target, {"psnr": float("nan")})
+    assert target.read_bytes() == b"good" and list(tmp_path.iterdir()) == [target]
 
 
 def test_only_two_checkpoints_are_kept(tiny_config):
@@ -421,6 +468,13 @@ def test_warm_up_trains_without_codes(tiny_config, capsys):
     assert ["train_perplexity" in line for line in lines] == [False, False, True, True]
     assert [line["commitment_loss"] > 0 for line in lines] == [False, False, True, True]
     assert capsys.readouterr().out.count("no codes yet") == 2
+
+
+def test_a_model_of_the_warm_up_is_refused(tiny_config):
+    config = tiny_config(epochs=2, warmup_fraction=0.8)
+    vqvae.train(config)
+    with pytest.raises(vqvae.UserError, match="warm-up.*later checkpoint"):
+        vqvae.load_model(vqvae.checkpoints(vqvae.Path(config.out_dir) / "tiny")[0])
 
 
 def test_the_classical_recipe_has_no_warm_up():
