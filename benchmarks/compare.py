@@ -45,9 +45,10 @@ METHODS = {
     **{f"{name}_no_restarts": ["--quantizer", name, *NO_RESTARTS] for name in ("vq_ema", "ba_vq")},
     **{f"{name}_no_warmup_no_restarts": ["--quantizer", name, *NO_WARMUP, *NO_RESTARTS] for name in ("vq_ema", "ba_vq")},
     "ba_vq_lambda1_no_warmup": ["--quantizer", "ba_vq", "--entropy_weight", "1", *NO_WARMUP],  # no prior; it has no restarts
-    # peers.py builds these; the flags are their settings of the loop. The last four are without warm-up (LOG.md).
+    # peers.py builds these; the flags are their settings of the loop (LOG.md).
     **{name: ["--quantizer", "vq_ema"] for name in peers.PEERS},
     **{name: ["--quantizer", "vq_ema", *NO_WARMUP] for name in ("lib_simvq", "lib_fsq", "lib_lfq", "sq_vae")},
+    "lib_cosine": ["--quantizer", "vq_ema", "--commitment_weight", "2"],
 }
 RESULTS = ROOT / "results" / "compare"
 REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of this project only)
