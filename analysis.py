@@ -44,7 +44,8 @@ def load_runs(folders):
             record = vqvae.read_json(path)
             config = vqvae.stored_config(record["config"])
             record["config"] = config.to_dict()  # every setting, also for runs from before one existed
-            record = {"name": folder.name, "method": method(config), **record, "psnr": float(record["psnr"])}
+            record = {"name": folder.name, "method": record.get("peer") or method(config), **record,
+                      "psnr": float(record["psnr"])}
         except (KeyError, TypeError, ValueError) as error:
             raise vqvae.UserError(f"{path}: no finished run here ({error})") from error
         records.append(record)
@@ -77,7 +78,8 @@ def identity(record):
 
 def _key(record, *without):
     """A record's settings as text to group by, less some."""
-    return json.dumps({key: value for key, value in identity(record).items() if key not in without}, sort_keys=True)
+    values = {**identity(record), "peer": record.get("peer")}
+    return json.dumps({key: value for key, value in values.items() if key not in without}, sort_keys=True)
 
 
 def _setting(record, *without):
@@ -98,7 +100,7 @@ def _pairs(records):
     """(BA-VQ record, VQ-EMA record) wherever both share all settings but the quantizer's."""
     return [(ba, ema) for group in _groups(records, _setting)
             for ba in group if ba["config"]["quantizer"] == "ba_vq"
-            for ema in group if ema["config"]["quantizer"] == "vq_ema"]
+            for ema in group if ema["config"]["quantizer"] == "vq_ema" and "peer" not in ema]
 
 
 def _change(ba, ema):
@@ -116,10 +118,10 @@ def _cells(values, columns):
 
 def _sort_value(record, key):
     """A record's metric or setting as something that sorts: None last, "inf" as a number."""
-    value = record[key] if key in record else record["config"].get(key, {})
-    if isinstance(value, dict):
+    values = {**record["config"], **record}
+    if key == "config" or key not in values:
         raise vqvae.UserError(f"sort_by: no metric or setting is called {key!r}; final_metrics.json has their names")
-    return value is None, math.inf if value == "inf" else value
+    return values[key] is None, math.inf if values[key] == "inf" else values[key]
 
 
 def table(records, sort_by="name", descending=False):
@@ -221,10 +223,10 @@ def training_curves(folders):
     for folder, record in zip(folders, records):
         try:
             lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        except (OSError, ValueError) as error:
+            lines = [line for line in lines if "train_perplexity" in line]  # without epochs of warm-up
+            split = "val" if "val_psnr" in lines[-1] else "train"
+        except (OSError, ValueError, TypeError, IndexError) as error:
             raise vqvae.UserError(f"{folder}: its metrics.jsonl is missing or damaged ({error}); leave the run out") from error
-        lines = [line for line in lines if "train_perplexity" in line]  # without epochs of warm-up
-        split = "val" if "val_psnr" in lines[-1] else "train"
         options = {**styles[record["name"]], "markersize": 4}
         if split == "train":
             options["label"] += " (training images)"
@@ -471,11 +473,12 @@ def main(argv=None):
     if unfinished:
         print(f"left out, no finished run: {', '.join(unfinished)}")
     folders = [path for path in given if (path / "final_metrics.json").exists()]
-    peers = [path for path in folders if "peer" in vqvae.read_json(path / "final_metrics.json")]
-    if peers:
-        print(f"left out, quantizers of benchmarks/peers.py: {', '.join(path.name for path in peers)}")
-    folders = [path for path in folders if path not in peers]
     records = load_runs(folders)
+    peers = [folder for folder, record in zip(folders, records) if "peer" in record]
+    if peers:
+        print(f"left out, quantizers of benchmarks/peers.py: {', '.join(folder.name for folder in peers)}")
+    folders = [folder for folder in folders if folder not in peers]
+    records = [record for record in records if "peer" not in record]
     if not records:
         raise vqvae.UserError("none of these is a run folder")
     print(table(records, options.sort_by))

@@ -194,7 +194,7 @@ def _checked(field, value):
     if value is None and optional:
         return None
     if kind is float and (type(value) is int or value == "inf"):  # JSON has no infinity
-        value = float(value) if value == "inf" or abs(value) < 1 << 1000 else math.inf
+        value = float(value) if value == "inf" or abs(value) < 1 << 1000 else math.copysign(math.inf, 1 if value > 0 else -1)
     if type(value) is not kind:
         hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if kind is float and isinstance(value, str) else ""
         raise UserError(f"{field.name}: expected {kind.__name__}, got {value!r}{hint}")
@@ -1043,8 +1043,7 @@ def _folder(config, train):
     if not has_splits:
         paths = [path for path in paths if (places[path][0] < 26) != train]  # 26 of 256
     if not paths:
-        raise UserError(f"data_dir: too few images below {base} (found none for {'training' if train else 'the test'}); "
-                        "folders train/ and test/ in it decide what is what")
+        raise UserError(f"data_dir: too few images below {base} (found none for {'training' if train else 'the test'})")
     resize = torchvision.transforms.Compose([
         torchvision.transforms.Resize(config.image_size, antialias=True),
         torchvision.transforms.CenterCrop(config.image_size)])
@@ -1408,9 +1407,9 @@ def locked(folder):
 
 
 def clear_run_folder(folder):
-    """Delete what a run writes, and nothing else; last what tells that the folder is a run."""
+    """Delete what a run writes, and nothing else; config.yaml, which says that it is a run, is for `restore` to replace."""
     for name in ("final_metrics.json", *(path.name for path in checkpoints(folder)), "metrics.jsonl", "timing.jsonl",
-                 "final_model.pt", "eval_metrics.json", "reconstructions.png", "codebook_usage.png", "wandb_id", "config.yaml"):
+                 "final_model.pt", "eval_metrics.json", "reconstructions.png", "codebook_usage.png", "wandb_id"):
         with _writing(folder / name):
             (folder / name).unlink(missing_ok=True)
 

@@ -82,7 +82,7 @@ def run(method, size, dim, seed, extra, threads):
     name = config.name
     target = RESULTS / f"{name}.json"
     if target.exists():
-        stored = json.loads(target.read_text())["config"]
+        stored = vqvae.read_json(target)["config"]
         if "whitening" in stored or vqvae.identity(vqvae.stored_config(stored)) != vqvae.identity(config):
             raise vqvae.UserError(f"{target}: holds a run of other settings or an earlier version; move results/compare/ away")
         return f"{name}: done before"
@@ -101,21 +101,33 @@ def run(method, size, dim, seed, extra, threads):
     return f"{name}: PSNR {metrics['psnr']:.3f} dB, perplexity {metrics['perplexity']:.1f}"
 
 
-def load_results():
-    """All result records, grouped: {(data set, K, D, hidden, epochs): {method: {seed: record}}}.
+def table_of(config):
+    """What names a table: (data set, K, D, hidden, epochs), of a config as a dict."""
+    return tuple(config[name] for name in ("dataset", "codebook_size", "latent_dim", "hidden_dim", "epochs"))
 
-    Raises UserError where a group has runs whose other settings differ.
-    """
-    groups, settings = {}, {}
-    for path in sorted(RESULTS.glob("*.json")):
-        record = vqvae.read_json(path)
-        c = record["config"]
-        key = (c["dataset"], c["codebook_size"], c["latent_dim"], c["hidden_dim"], c["epochs"])
-        first = settings.setdefault(key, c)
+
+def check_tables(configs):
+    """Raise UserError where runs of a table differ in SHARED; configs: pairs of a run's name and its config as a dict."""
+    first = {}  # of each table
+    for run, config in configs:
+        expected = first.setdefault(table_of(config), config)
         for name in SHARED:
-            if c[name] != first[name]:
-                raise vqvae.UserError(f"{path}: {name} {c[name]}, other runs of its table {first[name]}; move it away")
-        groups.setdefault(key, {}).setdefault(record["method"], {})[record["seed"]] = record
+            if config[name] != expected[name]:
+                raise vqvae.UserError(f"{run}: {name} {config[name]}, but {expected[name]} in other runs of its table; "
+                                      "move those of one of the two out of results/compare/")
+
+
+def stored_results():
+    """{path: record} of results/compare. Raises UserError."""
+    return {path: vqvae.read_json(path) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def load_results():
+    """All result records, by the keys of table_of: {(data set, K, D, hidden, epochs): {method: {seed: record}}}."""
+    records, groups = stored_results(), {}
+    check_tables((path, record["config"]) for path, record in records.items())
+    for record in records.values():
+        groups.setdefault(table_of(record["config"]), {}).setdefault(record["method"], {})[record["seed"]] = record
     return groups
 
 
@@ -238,8 +250,9 @@ def main(argv=None):
     options, cells, extra = parse(argv)
     if not options.summary:
         extra = ["--out_dir", "experiments/compare", "--no_wandb", *extra]
-        for s, d, seed, m in cells:
-            cell(m, s, d, seed, extra)  # everything is checked before any run
+        planned = [cell(m, s, d, seed, extra)[0] for s, d, seed, m in cells]  # everything is checked before any run
+        check_tables([*((path, record["config"]) for path, record in stored_results().items()),
+                      *((config.name, config.to_dict()) for config in planned)])
         RESULTS.mkdir(parents=True, exist_ok=True)
         threads = max(1, (os.cpu_count() or 1) // options.jobs)
         with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:

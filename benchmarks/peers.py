@@ -138,7 +138,7 @@ class LearnedCodebook(nn.Module):
 class Wasserstein(LearnedCodebook):
     """Wasserstein VQ: plus the 2-Wasserstein distance between Gaussian fits of latents and codes (its equation 6)."""
 
-    weight = 0.1
+    weight = 0.02
 
     def regulariser(self, rows):
         def moments(x):

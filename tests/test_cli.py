@@ -142,6 +142,7 @@ BAD_YAML = {
     "no such boolean": "wandb: !!bool maybe", "empty integer": 'seed: !!int ""', "no timestamp": "name: !!timestamp x",
     "no mapping": "!!map x", "impossible date": "name: 2001-99-99", "digits without a number": "seed: 0x_", "merge": "<<: 3",
     "deep": "[" * 3000, "huge integer": "seed: " + "9" * 400, "huge number": "lr: 1" + "0" * 400,
+    "huge negative": "entropy_weight: -1" + "0" * 400,
     "number to base 60": "lr: !!float " + ":".join("1" * 300),
 }
 

@@ -71,8 +71,13 @@ def test_tables_of_unequal_settings_are_refused(results, tiny_config):
     for method, lr in (("vq_ema", 0.001), ("ba_vq_lambda10", 0.002)):
         record = {"method": method, "seed": 0, "config": tiny_config(lr=lr).to_dict()}
         (results / f"{method}.json").write_text(json.dumps(record))
-    with pytest.raises(vqvae.UserError, match="vq_ema.json: lr 0.001, other runs of its table 0.002"):
+    with pytest.raises(vqvae.UserError, match="vq_ema.json: lr 0.001, but 0.002 in other runs"):
         compare.summary()
+    (results / "vq_ema.json").unlink()
+    words = ["--methods", "vq_ema", "--codebook_sizes", "16", "--latent_dims", "4", "--dataset", "dead_leaves",
+             "--image_size", "16", "--hidden_dim", "8", "--epochs", "2"]
+    with pytest.raises(vqvae.UserError, match="vq_ema_k16.*: train_subset None, but 96 in other runs"):
+        compare.main(words)  # before it trains
 
 
 def test_summary_by_hand(results, tiny_config):
@@ -86,6 +91,15 @@ def test_summary_by_hand(results, tiny_config):
     differences = "+0.500 ± 0.100 | 0.013 | -0.500 ± 0.100 | 0.013 | +0.0050 ± 0.0010 | 0.013"
     assert f"| ba_vq_lambda10 | 3 | 21.50 ± 0.95 | 8.0 ± 0.0 | 50.0% | 100.00% | {differences} |" in text
     assert text.index("ba_vq_lambda10") < text.index("| vq_ema |")
+    for method, seeds in (("two_seeds", (0, 1)), ("steady", (0, 1, 2))):
+        for seed in seeds:
+            record = {"method": method, "seed": seed, "psnr": (20.0, 21.0, 22.0)[seed] + 0.2 + 1e-6 * seed, "psnr_per_image": 1.0,
+                      "perplexity": 8.0, "usage_rate": 1.0, "config": tiny_config(seed=seed).to_dict()}  # no SSIM
+            (results / f"{method}_{seed}.json").write_text(json.dumps(record))
+    text = compare.summary()
+    assert "| two_seeds | 2 | 20.70 ± 0.71 | 8.0 ± 0.0 | 50.0% | 100.00% | +0.200 ± 0.000 |  |" in text
+    steady, = [line.split(" | ") for line in text.splitlines() if "steady" in line]
+    assert steady[6:8] == ["+0.200 ± 0.000", "<0.001"] and steady[10:12] == ["", ""]
 
 
 @pytest.mark.parametrize("words", [["--methods", "magic"], ["--seeds", "x"], ["--codebook_sizes", "512,"], ["--lr", "fast"],

@@ -92,6 +92,7 @@ def test_folder_without_splits_keeps_about_a_tenth_for_the_test_also_when_it_gro
 
     for i in range(200):
         save(tmp_path / f"class{i // 100}" / f"{i:03d}.png", np.full((4, 4, 3), i, np.uint8))
+    (tmp_path / "folder.png").mkdir()
     train, val, test = parts()
     assert len(val) == 20 and 10 < len(test) < 30 and sorted(train + val + test) == list(range(200))
     assert {value // 100 for value in val} == {0, 1}  # no split is one class

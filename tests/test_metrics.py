@@ -78,6 +78,7 @@ def test_codebook_metrics_by_hand():
         {"perplexity": 4.0, "usage_rate": 1.0, "bits_per_index": 2.0})
     assert codebook_metrics(torch.tensor([7, 0, 0, 0])) == pytest.approx(
         {"perplexity": 1.0, "usage_rate": 0.25, "bits_per_index": 0.0})
+    assert f"{codebook_metrics(torch.tensor([7]))['bits_per_index']}" == "0.0"  # not -0.0
 
 
 def test_ssim_equals_a_plain_loop():

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,14 @@ def test_points_vary_one_quantity_at_a_time():
         values = [{p[name] for p in planned} for name in ("K", "D", "N", "processes")]
         assert sum(len(v) > 1 for v in values) == 1 and len({p[what] for p in planned}) > 1
     assert sorted({p["processes"] for p in plan["processes"]}) == [1, 2, 4]
+
+
+def test_several_processes_take_a_gpu_each(monkeypatch):
+    words = []
+    monkeypatch.setattr(scaling.subprocess, "run", lambda command, **_: words.append(command) or SimpleNamespace(stdout="{}"))
+    for processes in (1, 2):
+        scaling.run_point({"processes": processes}, torch.device("cuda:1"))
+    assert [command[command.index("--device") + 1] for command in words] == ["cuda:1", "cuda"]
 
 
 def test_peak_memory_of_a_large_step_stays_far_below_its_scores():

@@ -262,9 +262,11 @@ def test_comparison_table(tiny_config, capsys):
         analysis.main([str(folder / "vq_ema"), "nowhere"])
     with pytest.raises(vqvae.UserError, match="sort_by"):
         analysis.main([str(folder / "vq_ema"), "--sort_by", "config"])
-    (folder / "vq_ema" / "metrics.jsonl").unlink()
-    with pytest.raises(vqvae.UserError, match="metrics.jsonl is missing"):
-        analysis.main([str(folder / "vq_ema")])
+    for damage in ("", "3\n", None):
+        log = folder / "vq_ema" / "metrics.jsonl"
+        log.unlink() if damage is None else log.write_text(damage)
+        with pytest.raises(vqvae.UserError, match="metrics.jsonl is missing or damaged"):
+            analysis.main([str(folder / "vq_ema")])
 
 
 def test_a_run_given_twice_is_one_and_a_peer_is_no_vq_ema(tiny_config, capsys):
@@ -276,6 +278,9 @@ def test_a_run_given_twice_is_one_and_a_peer_is_no_vq_ema(tiny_config, capsys):
     folder = vqvae.Path(tiny_config().out_dir)
     analysis.main([str(folder / "own"), str(folder / "other" / ".." / "own"), str(folder / "other")])
     out = capsys.readouterr().out
+    both = analysis.load_runs([folder / "own", folder / "other"])
+    assert [record["method"] for record in both] == ["VQ-EMA tuned", "Peer"]
+    assert "Peer" in analysis.over_seeds(both) and "±" not in analysis.over_seeds(both)
     assert out.count("VQ-EMA tuned") == 1 and "left out, quantizers of benchmarks/peers.py: other" in out
 
 

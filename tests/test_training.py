@@ -91,8 +91,9 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tiny_config, quantizer, 
         spent.append(vqvae.read_checkpoint(vqvae.checkpoints(two)[-1])["seconds"])
     vqvae.train(parts)
     assert spent[2] == 0  # between two epochs
-    for line, before in zip((two / "timing.jsonl").read_text().splitlines(), spent[:2]):
-        assert 0 < before < json.loads(line)["seconds"]
+    for line, before in zip((two / "timing.jsonl").read_text().splitlines(), spent):
+        line = json.loads(line)
+        assert 0 <= before < line["seconds"] and line["seconds"] * line["images_per_second"] == pytest.approx(96)
     assert same_weights(final_state(one), final_state(two))
     assert (one / "metrics.jsonl").read_text() == (two / "metrics.jsonl").read_text()
     first, second = (json.loads((f / "final_metrics.json").read_text()) for f in (one, two))
@@ -146,19 +147,22 @@ def test_overwrite_never_clears_a_foreign_folder(tiny_config, tmp_path):
 
 def test_an_overwrite_that_was_stopped_can_be_repeated(tiny_config, monkeypatch):
     vqvae.train(tiny_config(epochs=1))
-    unlink, count = vqvae.Path.unlink, [0]
+    folder = vqvae.Path(tiny_config().out_dir) / "tiny"
+    (folder / "codes.npz").write_bytes(b"mine")
 
-    def stopped(path, **options):
-        count[0] += 1
-        if count[0] == 3:
-            raise KeyboardInterrupt
-        unlink(path, **options)
+    def stopped(*_):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(vqvae.Path, "unlink", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        vqvae.train(tiny_config(epochs=1, overwrite=True))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(vqvae, "config_yaml", stopped)  # all is deleted, nothing written yet
+        with pytest.raises(KeyboardInterrupt):
+            vqvae.train(tiny_config(epochs=1, overwrite=True))
+    assert not (folder / "final_model.pt").exists()
     assert vqvae.train(tiny_config(epochs=1, overwrite=True))["num_images"] == 40
+    (folder / "timing.jsonl").unlink()
+    (folder / "timing.jsonl").mkdir()
+    with pytest.raises(vqvae.UserError, match="timing.jsonl: cannot write"):
+        vqvae.train(tiny_config(epochs=1, overwrite=True))
 
 
 def test_a_data_set_that_changed_its_size_is_not_resumed(tiny_config, monkeypatch):
@@ -372,6 +376,12 @@ def test_training_from_a_thread_works(tiny_config):
     thread.start()
     thread.join()
     assert result[0]["num_images"] == 40
+
+
+def test_a_rank_alone_is_no_process_group(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    vqvae.start_processes()
+    assert not vqvae.dist.is_initialized()
 
 
 def test_learning_rate_warms_up_and_decays_to_zero():
