@@ -2,7 +2,7 @@
 
 Those of vector-quantize-pytorch are taken from it (pip install vector-quantize-pytorch); the others are a few lines
 from their formulas. Each builder takes the run's Config; PEERS names them. Settings stand here as tuned on the
-validation split (results/LOG.md); METHODS in compare.py adds the warm-up that suited each.
+validation split (results/LOG.md); METHODS in compare.py adds the settings of the loop.
 
     Sinkhorn    Zhang et al. 2024, Preventing Local Pitfalls in Vector Quantization via Optimal Transport (OptVQ)
     SQ-VAE      Takida et al. 2022, SQ-VAE: Variational Bayes on Discrete Representation with Self-annealed Stochastic
