@@ -1037,7 +1037,7 @@ def _folder(config, train):
     if not os.path.isdir(base):  # unlike Path.is_dir, False for a name that is too long
         raise UserError(f"data_dir: {base} is no folder; give --data_dir the folder of your images")
     suffixes = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
-    found = [path for path in base.rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
+    found = [path for path in _files_below(base) if path.suffix.lower() in suffixes and path.is_file()]
     places = {path: hashlib.sha256(path.relative_to(base).as_posix().encode(errors="surrogateescape")).digest() for path in found}
     paths = sorted(found, key=places.__getitem__)  # shuffled: no split or subset is one class
     if not has_splits:
@@ -1057,6 +1057,19 @@ def _folder(config, train):
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{path}: cannot read this image ({error}); repair or remove it") from error
     return torch.from_numpy(np.stack(images))
+
+
+def _files_below(base):
+    """Paths of all files below a folder, also behind links. Raises UserError for a subfolder unreadable or reached twice."""
+    def refuse(error):
+        raise UserError(f"{error.filename}: cannot read this folder ({error.strerror}); make it readable or move it away")
+
+    seen = set()
+    for folder, _, names in os.walk(base, onerror=refuse, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            raise UserError(f"{folder}: links lead to this folder twice, so its images would count twice; remove one")
+        seen.add(os.path.realpath(folder))
+        yield from (Path(folder, name) for name in names)
 
 
 def _read_images(config, train):

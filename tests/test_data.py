@@ -1,5 +1,6 @@
 """Data sets: determinism, splits, folders of odd images, and downloads against a local server."""
 
+import errno
 import hashlib
 import http.server
 import io
@@ -100,6 +101,34 @@ def test_folder_without_splits_keeps_about_a_tenth_for_the_test_also_when_it_gro
         save(tmp_path / "class0" / f"{i:03d}.png", np.full((4, 4, 3), i, np.uint8))
     grown = parts()
     assert len(sum(grown, [])) == 240 and not set(grown[2]) & {*train, *val} and set(test) <= set(grown[2])
+
+
+def test_linked_folders_are_read_but_not_twice(tmp_path):
+    save(tmp_path / "elsewhere" / "one.png", np.zeros((4, 4, 3), np.uint8))
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "linked").symlink_to(tmp_path / "elsewhere")
+    config = folder_config(tmp_path / "data", val_size=0)
+    assert len(vqvae.training_images(config)[0]) == len(vqvae.test_images(config)) == 1
+    (tmp_path / "data" / "train" / "circle").symlink_to(tmp_path / "data" / "train")
+    with pytest.raises(UserError, match="train/circle: links lead to this folder twice"):
+        vqvae.training_images(config)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    save(tmp_path / "train" / "one.png", np.zeros((4, 4, 3), np.uint8))
+    save(tmp_path / "train" / "closed" / "two.png", np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "test").mkdir()
+    real_scandir = os.scandir
+
+    def scandir(path):  # permissions do not stop a superuser
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real_scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="closed: cannot read this folder .Permission denied."):
+        vqvae.training_images(folder_config(tmp_path, val_size=0))
 
 
 def bomb(path):

@@ -68,6 +68,25 @@ def test_training_learns(tiny_config):
         assert lines[-1]["val_psnr"] > lines[0]["val_psnr"] + 1
 
 
+def test_seconds_before_an_interruption_count_for_its_epoch_only(tiny_config, monkeypatch):
+    config = tiny_config(epochs=2)
+    real_step = vqvae.train_step
+
+    def interrupted_step(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real_step(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(vqvae.Interrupted):
+        patch.setattr(vqvae, "train_step", interrupted_step)
+        vqvae.train(config)
+    folder = vqvae.Path(config.out_dir) / config.name
+    path, = vqvae.checkpoints(folder)
+    torch.save({**vqvae.read_checkpoint(path), "seconds": 1e6}, path)
+    vqvae.train(config)
+    first, second = (json.loads(line)["seconds"] for line in (folder / "timing.jsonl").read_text().splitlines())
+    assert first > 1e6 > second
+
+
 @pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tiny_config, quantizer, monkeypatch):
     whole, parts = (tiny_config(quantizer=quantizer, name=name, epochs=3, restart_threshold=0.9)  # random restarts in every step
