@@ -805,6 +805,17 @@ def make_quantizer(config):
                        config.ba_iters)
 
 
+def live_directions(covariance: torch.Tensor, bits: float) -> torch.Tensor:
+    """Principal directions that a Gaussian of this covariance (D, D) spends `bits` bits on: (D, L), orthonormal, float64, CPU.
+
+    Reverse water-filling (Cover & Thomas, theorem 10.3.3): those whose variance is above the water level.
+    """
+    variances, directions = torch.linalg.eigh(covariance.cpu().double())  # rising
+    logs, directions = variances.clamp_min(1e-30).log().flip(0), directions.flip(1)
+    levels = (logs.cumsum(0) - 2 * math.log(2) * bits) / torch.arange(1, len(logs) + 1)  # were the first 1, 2, ... live
+    return directions[:, logs > levels.max()]  # the level that fits its own number of directions is the largest
+
+
 # ----------------------------------------------------------------------------------------
 # Autoencoder
 
@@ -847,14 +858,22 @@ class VQVAE(nn.Module):
         """Latents z (B, D, H, W) of images x, moved towards where the decoder wants them, in `passes` passes through it.
 
         The distortion that counts is the image's, sum |decoder(e) - x|^2. To second order around the codes e in use, the best
-        codes are those nearest to e - g / h, g its gradient and h its curvature (|g| / |e - z|, one for each image). A pass
-        moves every second latent 0.7 of the way there from z: neighbours overlap in the image, so they take turns.
+        codes are those nearest to e - g / h, g its gradient and h its curvature: |g| / |e - z|, one for each image, in the live
+        directions of the codebook, since in the others no choice of codes can follow. A pass moves every second latent 0.7 of
+        the way there from z: neighbours overlap in the image, so they take turns.
         Not differentiable, and meant for eval mode: training with it makes the encoder lean on it, until perplexity and PSNR
         fall (results/LOG.md). Needs a quantizer of this module.
         """
         z = F.normalize(z.float(), dim=1) if self.quantizer.metric == "cosine" else z.float()
         rows, columns = (torch.arange(n, device=z.device) for n in z.shape[2:])
         parity = (rows[:, None] + columns) % 2  # (H, W)
+        codebook = self.quantizer.codebook
+        covariance = torch.cov(codebook.T, correction=0).view(codebook.shape[1], -1)
+        live = live_directions(covariance, math.log2(len(codebook))).to(z)  # (D, L)
+
+        def live_norm(v):  # (B, D, H, W) -> (B,)
+            return torch.einsum("bdhw,dl->blhw", v, live).flatten(1).norm(dim=1)
+
         moved = z
         for i in range(passes):
             codes = self.quantizer.nearest(moved)  # (B, D, H, W)
@@ -862,7 +881,7 @@ class VQVAE(nn.Module):
                 e = codes.clone().requires_grad_()
                 g, = torch.autograd.grad((self.reconstruct(e).float() - x).square().sum(), e)
             gap = codes - z
-            inverse_curvature = gap.flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1).clamp_min(1e-30)  # (B,) 1 / h
+            inverse_curvature = live_norm(gap) / live_norm(g).clamp_min(1e-30)  # (B,) 1 / h
             target = z + REFINE_STEP * (gap - inverse_curvature[:, None, None, None] * g)
             moved = torch.where(parity == i % 2, target, moved)
         return moved

@@ -10,8 +10,7 @@ is printed by direction of the latents, and by principal component of all that i
 
 Theory: at high resolution the squared error of codes with density g(x) is E[g^(-2/d)] up to a constant (Zador 1982, IEEE
 Trans. IT 28(2)). It is least for g ~ p^(d/(d+2)), p the density of the latents; cells of equal mass have g = p. For a Gaussian
-p the ratio of the two depends only on d, the number of live directions: those above the water level of reverse water-filling
-at log2 K bits (Cover & Thomas, theorem 10.3.3).
+p the ratio of the two depends only on d, the number of live directions: vqvae.live_directions at log2 K bits.
 Writes results/price_of_balance.json. The runs need validation images and the euclid metric.
 """
 
@@ -35,16 +34,6 @@ from quantizer_step import table  # noqa: E402
 
 RESULTS = ROOT / "results" / "price_of_balance.json"
 BATCH = 8192  # latents per step of a fit, as in training with 128 images of 64 latents
-
-
-def live_directions(covariance, bits):
-    """How many eigenvalues of a covariance (D, D) lie above the water level at which a Gaussian takes `bits` bits."""
-    variances = torch.linalg.eigvalsh(covariance.double()).flip(0).clamp_min(1e-30)  # (D,) falling
-    for d in range(len(variances), 1, -1):
-        water = (variances[:d].log().sum() - 2 * bits * math.log(2)).div(d).exp()
-        if water < variances[d - 1]:
-            return d
-    return 1
 
 
 def balanced_to_best(d):
@@ -128,7 +117,7 @@ def price(path, weights, passes, seed):
     with vqvae.eval_mode(model):
         z = torch.cat([analysis.latents_of(model, images) for images in train_images[:10000].split(500)])  # (N, D)
         plain = unquantized_psnr(model, val_images)
-        d = live_directions(torch.cov(z.T), math.log2(config.codebook_size))
+        d = vqvae.live_directions(torch.cov(z.T), math.log2(config.codebook_size)).shape[1]
         record = {"run": config.name, "config": config.to_dict(), "unquantized_psnr": plain, "live_directions": d,
                   "theory_distortion": balanced_to_best(d), "fits": {}}
         per_image = (config.image_size // config.downsample) ** 2

@@ -61,6 +61,13 @@ def test_any_module_with_the_triple_is_a_quantizer():
     assert out.images.shape == (2, 3, 32, 32)
 
 
+@pytest.mark.parametrize("bits, axes", [(4, [1, 2, 0]), (2, [1, 2]), (0.5, [1]), (0, [])])
+def test_live_directions_by_reverse_water_filling(bits, axes):
+    # 4 bits on variances 16, 4, 1: water (64 / 2^8)^(1/2) = 0.5 on the first two, below 1, so the third joins: 0.63.
+    directions = vqvae.live_directions(torch.diag(torch.tensor([1.0, 16.0, 4.0])), bits)
+    assert torch.equal(directions.abs(), torch.eye(3, dtype=torch.float64)[:, axes])
+
+
 def refined_by_hand(model, x, passes):
     """VQVAE.refined latent by latent, for a codebook of numbers (D = 1)."""
     z = model.latents(x).detach()
@@ -86,6 +93,20 @@ def test_refinement_by_hand(passes):
     model.eval()
     assert torch.allclose(model.latents(x, passes), refined_by_hand(model, x, passes), atol=1e-5)
     assert torch.equal(model.encode(x, refine=passes), model.quantizer(model.latents(x, passes))[1])
+
+
+def test_refinement_ignores_directions_without_codes():
+    model = VQVAE(VQEMAQuantizer(5, 2), 8, 2).train()
+    x = torch.rand(3, 3, 16, 16)
+    model(x)
+    model.eval()
+    model.quantizer.codebook[:, 1] = 0
+    refined = model.encode(x, refine=2)
+    assert not torch.equal(refined, model.encode(x))
+    with torch.no_grad():
+        model.encoder[-1].weight[1] *= 1000
+        model.decoder[0].weight[:, 1] *= 1000
+    assert torch.equal(refined, model.encode(x, refine=2))
 
 
 def test_refinement_lowers_the_error_of_a_trained_model(tiny_config):

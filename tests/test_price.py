@@ -27,14 +27,6 @@ def test_balanced_over_best_distortion_of_a_gaussian_by_integration(d):
     assert price_of_balance.balanced_to_best(d) > price_of_balance.balanced_to_best(d + 1) > 1
 
 
-def test_live_directions_by_reverse_water_filling():
-    # 4 bits on variances 16, 4, 1: water (64 / 2^8)^(1/2) = 0.5 on the first two, below 1, so the third joins: 0.63.
-    covariance = torch.diag(torch.tensor([1.0, 16.0, 4.0]))
-    assert price_of_balance.live_directions(covariance, 4) == 3
-    assert price_of_balance.live_directions(covariance, 2) == 2  # water 2 on two
-    assert price_of_balance.live_directions(covariance, 0.5) == 1
-
-
 def test_lloyd_ends_where_each_code_is_the_mean_of_its_cell():
     torch.manual_seed(0)
     z = torch.randn(600, 2)
