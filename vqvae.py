@@ -623,7 +623,8 @@ class Quantizer(nn.Module):
     def nearest(self, z: torch.Tensor) -> torch.Tensor:
         """Codes nearest to latents z (B, D, H, W), in the shape of z, float32. Changes no state."""
         rows = z.permute(0, 2, 3, 1)  # (B, H, W, D)
-        indices = nearest_code(self._on_sphere(rows.reshape(-1, self.dim).float()), self.codebook)
+        with torch.autocast(z.device.type, enabled=False):
+            indices = nearest_code(self._on_sphere(rows.reshape(-1, self.dim).float()), self.codebook)
         return self.codes(indices).view(rows.shape).permute(0, 3, 1, 2)
 
     @torch.no_grad()

@@ -343,6 +343,15 @@ def test_half_precision_input_keeps_float32_state(dtype):
         assert all(b.dtype == torch.float32 for b in quantizer.buffers())
 
 
+def test_nearest_is_float32_under_autocast():
+    quantizer = VQEMAQuantizer(256, 4).train()
+    quantizer(100 + torch.randn(2000, 4))
+    z = 100 + torch.randn(4, 4, 8, 8)
+    expected = quantizer.nearest(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.nearest(z), expected)
+
+
 @pytest.mark.parametrize("metric", ["euclid", "cosine"])
 @pytest.mark.parametrize("name, z", [
     ("constant", torch.ones(40, 4)), ("zero", torch.zeros(40, 4)), ("tiny", 1e-6 * torch.randn(40, 4)),
