@@ -104,6 +104,7 @@ class Config:
     # network
     hidden_dim: int = option(128, "width of the encoder and the decoder", low=2, high=4096)
     latent_dim: int = option(256, "dimension D of latents and codes", low=1, high=4096)
+    res_blocks: int = option(2, "residual blocks in the encoder, and as many in the decoder", low=0, high=200)
     downsample: int = option(4, "image pixels per latent, per side", choices=(2, 4, 8, 16))
     # quantizer
     quantizer: str = option("ba_vq", "quantizer", choices=("vq_ema", "ba_vq"))
@@ -331,7 +332,7 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
 
-def encoder(hidden_dim, latent_dim, downsample):
+def encoder(hidden_dim, latent_dim, downsample, res_blocks):
     """Images (B, 3, S, S) -> latents (B, D, S/f, S/f); unbounded, either sign.
 
     The first halving is a space-to-depth, the others are 2x2 convolutions of stride 2.
@@ -339,13 +340,13 @@ def encoder(hidden_dim, latent_dim, downsample):
     layers = [nn.PixelUnshuffle(2), nn.Conv2d(12, hidden_dim, 3, padding=1)]
     for _ in range(int(math.log2(downsample)) - 1):
         layers += [nn.ReLU(), nn.Conv2d(hidden_dim, hidden_dim, 2, stride=2)]
-    layers += [ResidualBlock(hidden_dim), ResidualBlock(hidden_dim), nn.ReLU(), nn.Conv2d(hidden_dim, latent_dim, 1)]
+    layers += [*(ResidualBlock(hidden_dim) for _ in range(res_blocks)), nn.ReLU(), nn.Conv2d(hidden_dim, latent_dim, 1)]
     return nn.Sequential(*layers)
 
 
-def decoder(hidden_dim, latent_dim, downsample):
+def decoder(hidden_dim, latent_dim, downsample, res_blocks):
     """Codes (B, D, S/f, S/f) -> images (B, 3, S, S), not clamped; the encoder mirrored."""
-    layers = [nn.Conv2d(latent_dim, hidden_dim, 3, padding=1), ResidualBlock(hidden_dim), ResidualBlock(hidden_dim)]
+    layers = [nn.Conv2d(latent_dim, hidden_dim, 3, padding=1), *(ResidualBlock(hidden_dim) for _ in range(res_blocks))]
     for _ in range(int(math.log2(downsample)) - 1):
         layers += [nn.ReLU(), nn.ConvTranspose2d(hidden_dim, hidden_dim, 2, stride=2)]
     layers += [nn.ReLU(), nn.Conv2d(hidden_dim, 12, 3, padding=1), nn.PixelShuffle(2)]
@@ -835,12 +836,13 @@ class VQVAE(nn.Module):
     quantizer: any module that maps latents (B, D, H, W) to the triple (z_q, indices, loss).
     """
 
-    def __init__(self, quantizer: nn.Module, hidden_dim: int = 128, latent_dim: int = 256, downsample: int = 4) -> None:
+    def __init__(self, quantizer: nn.Module, hidden_dim: int = 128, latent_dim: int = 256, downsample: int = 4,
+                 res_blocks: int = 2) -> None:
         super().__init__()
         self.downsample = downsample
-        self.encoder = encoder(hidden_dim, latent_dim, downsample)
+        self.encoder = encoder(hidden_dim, latent_dim, downsample, res_blocks)
         self.quantizer = quantizer
-        self.decoder = decoder(hidden_dim, latent_dim, downsample)
+        self.decoder = decoder(hidden_dim, latent_dim, downsample, res_blocks)
         for network in (self.encoder, self.decoder[:-2]):  # not the output
             unit_gain(network)
 
@@ -912,7 +914,7 @@ def make_model(config: Config, quantizer: nn.Module | None = None) -> VQVAE:
     """The VQVAE that a Config describes, or the same around another quantizer. Seeded by config.seed."""
     torch.manual_seed(config.seed)
     quantizer = make_quantizer(config) if quantizer is None else quantizer
-    return VQVAE(quantizer, config.hidden_dim, config.latent_dim, config.downsample)
+    return VQVAE(quantizer, config.hidden_dim, config.latent_dim, config.downsample, config.res_blocks)
 
 
 # ----------------------------------------------------------------------------------------

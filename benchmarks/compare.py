@@ -61,7 +61,8 @@ SHARED = ("train_subset", "test_subset", "val_size", "image_size", "downsample",
 
 
 def run_name(method, size, dim, seed, config):
-    return f"{method}_k{size}_d{dim}_h{config.hidden_dim}_e{config.epochs}_s{seed}"
+    depth = "" if config.res_blocks == 2 else f"x{config.res_blocks}"
+    return f"{method}_k{size}_d{dim}_h{config.hidden_dim}{depth}_e{config.epochs}_s{seed}"
 
 
 def cell(method, size, dim, seed, extra):
@@ -102,8 +103,8 @@ def run(method, size, dim, seed, extra, threads):
 
 
 def table_of(config):
-    """What names a table: (data set, K, D, hidden, epochs), of a config as a dict."""
-    return tuple(config[name] for name in ("dataset", "codebook_size", "latent_dim", "hidden_dim", "epochs"))
+    """What names a table: (data set, K, D, hidden, blocks, epochs), of a config as a dict."""
+    return tuple(config[name] for name in ("dataset", "codebook_size", "latent_dim", "hidden_dim", "res_blocks", "epochs"))
 
 
 def check_tables(configs):
@@ -118,12 +119,13 @@ def check_tables(configs):
 
 
 def stored_results():
-    """{path: record} of results/compare. Raises UserError."""
-    return {path: vqvae.read_json(path) for path in sorted(RESULTS.glob("*.json"))}
+    """{path: record} of results/compare, with today's defaults for settings that a record does not have. Raises UserError."""
+    records = {path: vqvae.read_json(path) for path in sorted(RESULTS.glob("*.json"))}
+    return {path: {**record, "config": vqvae.stored_config(record["config"]).to_dict()} for path, record in records.items()}
 
 
 def load_results():
-    """All result records, by the keys of table_of: {(data set, K, D, hidden, epochs): {method: {seed: record}}}."""
+    """All result records, by the keys of table_of: {(data set, K, D, hidden, blocks, epochs): {method: {seed: record}}}."""
     records, groups = stored_results(), {}
     check_tables((path, record["config"]) for path, record in records.items())
     for record in records.values():
@@ -155,8 +157,9 @@ def summary():
              "SSIM: the same for the mean of the images' PSNR, where quiet images count for more, and for SSIM. Refined: the",
              f"same models, their codes improved by {REFINE} passes through the decoder (VQVAE.refined). Made by",
              "`python benchmarks/compare.py --summary` from `results/compare/*.json`; each file holds its command.", ""]
-    for (dataset, size, dim, hidden, epochs), methods in sorted(load_results().items()):
-        lines += [f"## {dataset}, K={size}, D={dim}, hidden {hidden}, {epochs} epochs", "",
+    for (dataset, size, dim, hidden, blocks, epochs), methods in sorted(load_results().items()):
+        depth = "" if blocks == 2 else f", {blocks} residual blocks"
+        lines += [f"## {dataset}, K={size}, D={dim}, hidden {hidden}{depth}, {epochs} epochs", "",
                   "| method | seeds | PSNR dB | perplexity | of K | usage | ΔPSNR dB | p | per image | p | ΔSSIM | p | refined |",
                   "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
         for method, runs in sorted(methods.items(), key=lambda item: -statistics.mean(r["psnr"] for r in item[1].values())):
@@ -170,13 +173,13 @@ def summary():
                 f"{sum(r['usage_rate'] for r in records) / len(records):.2%}",
                 *difference(runs, reference, "psnr"), *difference(runs, reference, "psnr_per_image"),
                 *difference(runs, reference, "ssim", "{:+.4f}"),
-                spread(refined, "{:.2f}") + (f" ({len(refined)} seeds)" if len(refined) < len(records) else "") + " |"
+                spread(refined, "{:.2f}") + (f" ({len(refined)} of {len(records)})" if len(refined) < len(records) else "") + " |"
                 if refined else " |"]))
         lines.append("")
     return "\n".join(lines)
 
 
-def rate_distortion_figure(path, dim=8, hidden=64, epochs=10):
+def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, epochs=10):
     """PNG: PSNR against the entropy of the indices, means over the seeds that all have; BA-VQ a curve over lambda for each K.
 
     Left everything, right the neighbourhood of the longest curve.
@@ -184,9 +187,9 @@ def rate_distortion_figure(path, dim=8, hidden=64, epochs=10):
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     both = figure.subplots(1, 2)
     looks, curves = {}, []
-    for (dataset, size, d, h, e), methods in sorted(load_results().items()):
+    for (dataset, size, *rest), methods in sorted(load_results().items()):
         shared = set.intersection(*map(set, methods.values()))  # seeds
-        if (dataset, d, h, e) != ("cifar10", dim, hidden, epochs) or not shared:
+        if (dataset, *rest) != ("cifar10", dim, hidden, blocks, epochs) or not shared:
             continue
         curve = []  # (lambda, rate, quality)
         for name, runs in sorted(methods.items()):

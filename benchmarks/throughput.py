@@ -75,7 +75,7 @@ def classical_epoch(config, images, device):
     """A function that trains one epoch the classical way."""
     torch.manual_seed(0)
     model = vqvae.VQVAE(OneHotEMA(config.codebook_size, config.latent_dim), config.hidden_dim, config.latent_dim,
-                        config.downsample).to(device)
+                        config.downsample, config.res_blocks).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
     loader = torch.utils.data.DataLoader(Images(images), config.batch_size, shuffle=True, drop_last=True,
                                          num_workers=min(4, os.cpu_count()), persistent_workers=True)

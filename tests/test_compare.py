@@ -80,6 +80,19 @@ def test_tables_of_unequal_settings_are_refused(results, tiny_config):
         compare.main(words)  # before it trains
 
 
+def test_runs_of_another_depth_have_their_own_name_and_table(results, tiny_config):
+    for changes, size in (({}, "h8"), ({"res_blocks": 6}, "h8x6")):
+        assert compare.run_name("vq_ema", 16, 4, 0, tiny_config(**changes)) == f"vq_ema_k16_d4_{size}_e2_s0"
+    shallow, deep = (tiny_config(res_blocks=blocks).to_dict() for blocks in (2, 6))
+    del shallow["res_blocks"]  # a record made before there was the setting
+    for name, config in (("shallow", shallow), ("deep", deep)):
+        record = {"method": "vq_ema", "seed": 0, "psnr": 20.0, "psnr_per_image": 1.0, "perplexity": 8.0, "usage_rate": 1.0,
+                  "config": config}
+        (results / f"{name}.json").write_text(json.dumps(record))
+    headings = [line for line in compare.summary().splitlines() if line.startswith("## ")]
+    assert headings == [f"## dead_leaves, K=16, D=4, hidden 8{depth}, 2 epochs" for depth in ("", ", 6 residual blocks")]
+
+
 def test_summary_by_hand(results, tiny_config):
     for method, values in (("vq_ema", [20.0, 21.0, 22.0]), ("ba_vq_lambda10", [20.5, 21.6, 22.4])):
         for seed, psnr in enumerate(values):

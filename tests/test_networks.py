@@ -23,6 +23,14 @@ def test_default_network_is_the_documented_one():
     assert model.latents(torch.rand(1, 3, 32, 32)).shape == (1, 256, 8, 8)
 
 
+@pytest.mark.parametrize("count", [0, 2, 5])
+def test_as_many_residual_blocks_as_asked_for_in_both_networks(count):
+    model = vqvae.make_model(Config(res_blocks=count, hidden_dim=8, latent_dim=4))
+    for network in (model.encoder, model.decoder):
+        assert sum(isinstance(layer, vqvae.ResidualBlock) for layer in network) == count
+    assert model.latents(torch.rand(1, 3, 32, 32)).shape == (1, 4, 8, 8)
+
+
 def test_latents_have_both_signs():
     z = VQVAE(BAQuantizer(16, 32), 16, 32).latents(torch.rand(4, 3, 32, 32))
     assert 0.2 < (z > 0).float().mean() < 0.8
