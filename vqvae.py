@@ -332,6 +332,14 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
 
+def residual_blocks(dim, count):
+    """A stack of residual blocks. The more there are, the smaller their branches start, else deep stacks learn badly."""
+    blocks = [ResidualBlock(dim) for _ in range(count)]
+    for block in blocks:
+        block.conv2.weight.data *= 2 / count
+    return blocks
+
+
 def encoder(hidden_dim, latent_dim, downsample, res_blocks):
     """Images (B, 3, S, S) -> latents (B, D, S/f, S/f); unbounded, either sign.
 
@@ -340,13 +348,13 @@ def encoder(hidden_dim, latent_dim, downsample, res_blocks):
     layers = [nn.PixelUnshuffle(2), nn.Conv2d(12, hidden_dim, 3, padding=1)]
     for _ in range(int(math.log2(downsample)) - 1):
         layers += [nn.ReLU(), nn.Conv2d(hidden_dim, hidden_dim, 2, stride=2)]
-    layers += [*(ResidualBlock(hidden_dim) for _ in range(res_blocks)), nn.ReLU(), nn.Conv2d(hidden_dim, latent_dim, 1)]
+    layers += [*residual_blocks(hidden_dim, res_blocks), nn.ReLU(), nn.Conv2d(hidden_dim, latent_dim, 1)]
     return nn.Sequential(*layers)
 
 
 def decoder(hidden_dim, latent_dim, downsample, res_blocks):
     """Codes (B, D, S/f, S/f) -> images (B, 3, S, S), not clamped; the encoder mirrored."""
-    layers = [nn.Conv2d(latent_dim, hidden_dim, 3, padding=1), *(ResidualBlock(hidden_dim) for _ in range(res_blocks))]
+    layers = [nn.Conv2d(latent_dim, hidden_dim, 3, padding=1), *residual_blocks(hidden_dim, res_blocks)]
     for _ in range(int(math.log2(downsample)) - 1):
         layers += [nn.ReLU(), nn.ConvTranspose2d(hidden_dim, hidden_dim, 2, stride=2)]
     layers += [nn.ReLU(), nn.Conv2d(hidden_dim, 12, 3, padding=1), nn.PixelShuffle(2)]

@@ -23,6 +23,16 @@ def test_default_network_is_the_documented_one():
     assert model.latents(torch.rand(1, 3, 32, 32)).shape == (1, 256, 8, 8)
 
 
+def test_deep_stacks_of_residual_blocks_start_with_small_branches():
+    x = torch.randn(4, 64, 8, 8)
+    changes = []
+    for count in (2, 32):
+        torch.manual_seed(0)
+        stack = torch.nn.Sequential(*vqvae.residual_blocks(64, count))
+        changes.append((stack(x) - x).std())
+    assert changes[1] < 2 * changes[0]
+
+
 @pytest.mark.parametrize("count", [0, 2, 5])
 def test_as_many_residual_blocks_as_asked_for_in_both_networks(count):
     model = vqvae.make_model(Config(res_blocks=count, hidden_dim=8, latent_dim=4))
