@@ -336,7 +336,7 @@ def residual_blocks(dim, count):
     """A stack of residual blocks. The more there are, the smaller their branches start, else deep stacks learn badly."""
     blocks = [ResidualBlock(dim) for _ in range(count)]
     for block in blocks:
-        block.conv2.weight.data *= 2 / count
+        block.conv2.weight.data *= min(1, 2 / count)
     return blocks
 
 
@@ -632,7 +632,7 @@ class Quantizer(nn.Module):
     def nearest(self, z: torch.Tensor) -> torch.Tensor:
         """Codes nearest to latents z (B, D, H, W), in the shape of z, float32. Changes no state."""
         rows = z.permute(0, 2, 3, 1)  # (B, H, W, D)
-        with torch.autocast(z.device.type, enabled=False):
+        with _autocast(z.device, torch.float32):
             indices = nearest_code(self._on_sphere(rows.reshape(-1, self.dim).float()), self.codebook)
         return self.codes(indices).view(rows.shape).permute(0, 3, 1, 2)
 
@@ -879,11 +879,13 @@ class VQVAE(nn.Module):
         rows, columns = (torch.arange(n, device=z.device) for n in z.shape[2:])
         parity = (rows[:, None] + columns) % 2  # (H, W)
         codebook = self.quantizer.codebook
-        covariance = torch.cov(codebook.T, correction=0).view(codebook.shape[1], -1)
+        with _autocast(z.device, torch.float32):
+            covariance = torch.cov(codebook.T, correction=0).view(codebook.shape[1], -1)
         live = live_directions(covariance, math.log2(len(codebook))).to(z)  # (D, L)
 
         def live_norm(v):  # (B, D, H, W) -> (B,)
-            return torch.einsum("bdhw,dl->blhw", v, live).flatten(1).norm(dim=1)
+            with _autocast(z.device, torch.float32):
+                return torch.einsum("bdhw,dl->blhw", v, live).flatten(1).norm(dim=1)
 
         moved = z
         for i in range(passes):
@@ -892,7 +894,7 @@ class VQVAE(nn.Module):
                 e = codes.clone().requires_grad_()
                 g, = torch.autograd.grad((self.reconstruct(e).float() - x).square().sum(), e)
             gap = codes - z
-            inverse_curvature = live_norm(gap) / live_norm(g).clamp_min(1e-30)  # (B,) 1 / h
+            inverse_curvature = (live_norm(gap) / live_norm(g)).nan_to_num(0, posinf=0)  # (B,) 1 / h; 0 where g is 0
             target = z + REFINE_STEP * (gap - inverse_curvature[:, None, None, None] * g)
             moved = torch.where(parity == i % 2, target, moved)
         return moved
@@ -1067,7 +1069,7 @@ def _folder(config, train):
     if not os.path.isdir(base):  # unlike Path.is_dir, False for a name that is too long
         raise UserError(f"data_dir: {base} is no folder; give --data_dir the folder of your images")
     suffixes = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
-    found = [path for path in _files_below(base) if path.suffix.lower() in suffixes and path.is_file()]
+    found = [path for path in _files_below(base) if path.suffix.lower() in suffixes]
     places = {path: hashlib.sha256(path.relative_to(base).as_posix().encode(errors="surrogateescape")).digest() for path in found}
     paths = sorted(found, key=places.__getitem__)  # shuffled: no split or subset is one class
     if not has_splits:

@@ -121,7 +121,12 @@ def check_tables(configs):
 def stored_results():
     """{path: record} of results/compare, with today's defaults for settings that a record does not have. Raises UserError."""
     records = {path: vqvae.read_json(path) for path in sorted(RESULTS.glob("*.json"))}
-    return {path: {**record, "config": vqvae.stored_config(record["config"]).to_dict()} for path, record in records.items()}
+    for path, record in records.items():
+        try:
+            record["config"] = vqvae.stored_config(record["config"]).to_dict()
+        except (KeyError, TypeError, vqvae.UserError) as error:
+            raise vqvae.UserError(f"{path}: its config is not valid here ({error}); move it away") from error
+    return records
 
 
 def load_results():

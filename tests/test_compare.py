@@ -93,6 +93,13 @@ def test_runs_of_another_depth_have_their_own_name_and_table(results, tiny_confi
     assert headings == [f"## dead_leaves, K=16, D=4, hidden 8{depth}, 2 epochs" for depth in ("", ", 6 residual blocks")]
 
 
+def test_a_record_without_a_valid_config_is_named(results, tiny_config):
+    for config in (None, {**tiny_config().to_dict(), "new_setting": 1}):
+        (results / "odd.json").write_text(json.dumps({"method": "vq_ema", "seed": 0, "config": config}))
+        with pytest.raises(vqvae.UserError, match="odd.json: its config is not valid here"):
+            compare.summary()
+
+
 def test_summary_by_hand(results, tiny_config):
     for method, values in (("vq_ema", [20.0, 21.0, 22.0]), ("ba_vq_lambda10", [20.5, 21.6, 22.4])):
         for seed, psnr in enumerate(values):

@@ -103,6 +103,14 @@ def test_folder_without_splits_keeps_about_a_tenth_for_the_test_also_when_it_gro
     assert len(sum(grown, [])) == 240 and not set(grown[2]) & {*train, *val} and set(test) <= set(grown[2])
 
 
+def test_a_link_to_no_image_is_named(tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path / split / "one.png", np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "train" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UserError, match="lost.png: cannot read this image"):
+        vqvae.training_images(folder_config(tmp_path, val_size=0))
+
+
 def test_linked_folders_are_read_but_not_twice(tmp_path):
     save(tmp_path / "elsewhere" / "one.png", np.zeros((4, 4, 3), np.uint8))
     for split in ("train", "test"):

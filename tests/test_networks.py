@@ -26,11 +26,11 @@ def test_default_network_is_the_documented_one():
 def test_deep_stacks_of_residual_blocks_start_with_small_branches():
     x = torch.randn(4, 64, 8, 8)
     changes = []
-    for count in (2, 32):
+    for count in (2, 1, 32):
         torch.manual_seed(0)
         stack = torch.nn.Sequential(*vqvae.residual_blocks(64, count))
         changes.append((stack(x) - x).std())
-    assert changes[1] < 2 * changes[0]
+    assert changes[1] < changes[0] and changes[2] < 2 * changes[0]
 
 
 @pytest.mark.parametrize("count", [0, 2, 5])
@@ -125,6 +125,11 @@ def test_refinement_ignores_directions_without_codes():
         model.encoder[-1].weight[1] *= 1000
         model.decoder[0].weight[:, 1] *= 1000
     assert torch.equal(refined, model.encode(x, refine=2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.latents(x, 2).dtype == torch.float32
+    with torch.no_grad():
+        model.decoder[0].weight.zero_()  # no gradient at all: nothing to move codes by
+    assert torch.equal(model.encode(x), model.encode(x, refine=2))
 
 
 def test_refinement_lowers_the_error_of_a_trained_model(tiny_config):
