@@ -76,7 +76,7 @@ def lfq(config):
 class Sinkhorn(vqvae.VQEMAQuantizer):
     """OptVQ-style: in training each batch is assigned by a balanced transport plan, in evaluation to the nearest code."""
 
-    epsilon, iterations = 0.005, 5  # temperature relative to the mean distance of the batch
+    epsilon, iterations = 0.02, 5  # temperature relative to the mean distance of the batch
 
     def assign(self, z):
         cost = torch.cdist(z, self.codebook).square_()  # (N, K)
