@@ -632,7 +632,7 @@ class Quantizer(nn.Module):
     def nearest(self, z: torch.Tensor) -> torch.Tensor:
         """Codes nearest to latents z (B, D, H, W), in the shape of z, float32. Changes no state."""
         rows = z.permute(0, 2, 3, 1)  # (B, H, W, D)
-        with _autocast(z.device, torch.float32):
+        with torch.autocast(z.device.type, enabled=False):
             indices = nearest_code(self._on_sphere(rows.reshape(-1, self.dim).float()), self.codebook)
         return self.codes(indices).view(rows.shape).permute(0, 3, 1, 2)
 
@@ -879,12 +879,12 @@ class VQVAE(nn.Module):
         rows, columns = (torch.arange(n, device=z.device) for n in z.shape[2:])
         parity = (rows[:, None] + columns) % 2  # (H, W)
         codebook = self.quantizer.codebook
-        with _autocast(z.device, torch.float32):
+        with torch.autocast(z.device.type, enabled=False):
             covariance = torch.cov(codebook.T, correction=0).view(codebook.shape[1], -1)
         live = live_directions(covariance, math.log2(len(codebook))).to(z)  # (D, L)
 
         def live_norm(v):  # (B, D, H, W) -> (B,)
-            with _autocast(z.device, torch.float32):
+            with torch.autocast(z.device.type, enabled=False):
                 return torch.einsum("bdhw,dl->blhw", v, live).flatten(1).norm(dim=1)
 
         moved = z
@@ -1098,9 +1098,10 @@ def _files_below(base):
 
     seen = set()
     for folder, _, names in os.walk(base, onerror=refuse, followlinks=True):
-        if os.path.realpath(folder) in seen:
+        place = os.path.realpath(folder)
+        if place in seen:
             raise UserError(f"{folder}: links lead to this folder twice, so its images would count twice; remove one")
-        seen.add(os.path.realpath(folder))
+        seen.add(place)
         yield from (Path(folder, name) for name in names)
 
 

@@ -132,6 +132,18 @@ def test_refinement_ignores_directions_without_codes():
     assert torch.equal(model.encode(x), model.encode(x, refine=2))
 
 
+def test_live_directions_of_refined_codes_are_float32_under_autocast(monkeypatch):
+    model = VQVAE(VQEMAQuantizer(5, 2), 8, 2).train()
+    x = torch.rand(3, 3, 16, 16)
+    model(x)
+    seen, real = [], vqvae.live_directions
+    monkeypatch.setattr(vqvae, "live_directions", lambda covariance, bits: (seen.append(covariance), real(covariance, bits))[1])
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model.eval().latents(x, 1)
+    assert torch.equal(*seen)
+
+
 def test_refinement_lowers_the_error_of_a_trained_model(tiny_config):
     config = tiny_config(epochs=6)
     vqvae.train(config)
