@@ -51,6 +51,7 @@ METHODS = {
     "lib_cosine": ["--quantizer", "vq_ema", "--commitment_weight", "2"],
 }
 RESULTS = ROOT / "results" / "compare"
+GAUSSIAN = ROOT / "results" / "gaussian_source.json"  # gaussian_source.py writes it
 REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of this project only)
 COLOURS, MARKERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "s^Dv"  # every pair of them once in 20 methods
 LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_classical": "VQ-EMA classical", "lib_ema": "VQ-EMA, k-means start, expiry",
@@ -187,7 +188,7 @@ def summary():
 def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, epochs=10):
     """PNG: PSNR against the entropy of the indices, means over the seeds that all have; BA-VQ a curve over lambda for each K.
 
-    Left everything, right the neighbourhood of the longest curve.
+    Left everything, with Shannon's curve of a Gaussian source if GAUSSIAN is there; right the neighbourhood of the longest curve.
     """
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     both = figure.subplots(1, 2)
@@ -213,6 +214,10 @@ def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, epochs=10):
             axes.axvline(math.log2(size), color="0.6", linestyle=":", linewidth=1)
             axes.annotate(f"K={size}", (math.log2(size), 0.02), xycoords=("data", "axes fraction"), fontsize=8, rotation=90,
                           ha="right", annotation_clip=True)
+    if curves and GAUSSIAN.exists():
+        points = vqvae.read_json(GAUSSIAN)["sizes"]
+        both[0].plot([math.log2(point["codebook_size"]) for point in points], [point["psnr"] for point in points], "--",
+                     color="0.4", label="Gaussian source, R(D)")
     longest = max(curves, key=len, default=[])
     for weight, rate, quality in longest:  # all to the right, where the curve falls away, but for the first
         both[1].annotate(f"λ={weight:g}".replace("inf", "∞"), (rate, quality), fontsize=8, textcoords="offset points",
