@@ -371,10 +371,9 @@ def rate_distortion(records):
 
 
 def latents_of(model, images):
-    """Encoder outputs (N, D) of images, on the unit sphere where the quantizer is."""
+    """Latents (N, D) of images, on the unit sphere where the quantizer is."""
     with torch.no_grad():
-        z = model.latents(vqvae.to_float(images)).permute(0, 2, 3, 1).flatten(0, 2)
-    return torch.nn.functional.normalize(z, dim=1) if model.quantizer.metric == "cosine" else z
+        return model.latents(vqvae.to_float(images)).permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def codes_and_latents(records, models, images):

@@ -558,7 +558,8 @@ class Quantizer(nn.Module):
     zero until the first batch in training mode places them.
 
     codebook_size K; dim D; metric 'euclid' (squared distance) or 'cosine' (the same on unit vectors);
-    ema_decay in [0, 1); commitment_weight: of mean (z - z_q)^2, van den Oord 2017 equation 3;
+    ema_decay in [0, 1); commitment_weight: of the mean of (z - z_q)^2 over vectors and dimensions, van den Oord 2017
+    equation 3, for unit vectors of the mean of |z - z_q|^2, in [0, 4], since a dimension of theirs has little to vary;
     restart_threshold: fraction of the mean EMA count below which a code is dead (0: never).
     Raises ValueError on a value outside its range.
     """
@@ -621,6 +622,8 @@ class Quantizer(nn.Module):
                 indices = nearest_code(flat.detach(), self.codebook)  # (N,)
                 quantized = self.codes(indices)  # (N, D)
             loss = self.commitment_weight * F.mse_loss(flat, quantized)
+            if self.metric == "cosine":  # unit vectors have 1/D of variance in each dimension, so theirs is the sum
+                loss = loss * self.dim
             if self.training:
                 quantized = flat + (quantized - flat).detach()  # straight-through estimator
         z_q = quantized.view(rows.shape).to(z.dtype)
@@ -864,14 +867,18 @@ class VQVAE(nn.Module):
             unit_gain(network)
 
     def latents(self, x: torch.Tensor, refine: int = 0) -> torch.Tensor:
-        """Images (B, 3, S, S) -> encoder outputs (B, D, S/f, S/f), after `refine` passes of `refined`.
+        """Images (B, 3, S, S) -> latents (B, D, S/f, S/f), after `refine` passes of `refined`; unit vectors for cosine.
 
         Raises ValueError on a wrong shape.
         """
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % self.downsample or x.shape[3] % self.downsample:
             raise ValueError(f"expected images (B, 3, S, S), S divisible by {self.downsample}, got {tuple(x.shape)}")
-        z = self.encoder(2 * x - 1)
-        return self.refined(z, x, refine) if refine else z
+        z = self._compared(self.encoder(2 * x - 1))
+        return self._compared(self.refined(z, x, refine)) if refine else z
+
+    def _compared(self, z):
+        """Latents z (B, D, H, W) as the metric compares them, and the decoder knows them, also before there are codes."""
+        return F.normalize(z.float(), dim=1) if getattr(self.quantizer, "metric", "euclid") == "cosine" else z
 
     @torch.no_grad()
     def refined(self, z, x, passes):
@@ -884,7 +891,7 @@ class VQVAE(nn.Module):
         Not differentiable, and meant for eval mode: training with it makes the encoder lean on it, until perplexity and PSNR
         fall (results/LOG.md). Needs a quantizer of this module.
         """
-        z = F.normalize(z.float(), dim=1) if self.quantizer.metric == "cosine" else z.float()
+        z = z.float()
         rows, columns = (torch.arange(n, device=z.device) for n in z.shape[2:])
         parity = (rows[:, None] + columns) % 2  # (H, W)
         codebook = self.quantizer.codebook
@@ -1235,13 +1242,12 @@ def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size:
                 z = model.latents(x, refine)
                 z_q, indices, loss = model.quantizer(z)
                 y = model.reconstruct(z_q).float()
-            z = F.normalize(z.float(), dim=1) if getattr(model.quantizer, "metric", "") == "cosine" else z.float()
             y8 = to_bytes(y).float() / 255
             error = y8 - x
             rows.append(torch.stack([error.square().mean((1, 2, 3)), (error * luma).sum(1).square().mean((1, 2)),
                                      ssim(y8, x) if x.shape[-1] >= 11 else x.new_zeros(len(x)),
                                      (y - x).square().mean((1, 2, 3))], 1))  # (B, 4)
-            distance = (z - z_q.float()).square().sum(1).mean()
+            distance = (z.float() - z_q.float()).square().sum(1).mean()
             latent_rows.append(torch.stack([loss.float(), distance]) * len(x))
             indices = indices.flatten()
             histogram.scatter_add_(0, indices, torch.ones_like(indices))

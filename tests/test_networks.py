@@ -169,6 +169,18 @@ def test_refinement_changes_no_state_and_works_in_inference_mode(metric):
         assert ((same - other).abs() < 1e-4).float().mean() > 0.98  # a code may flip on a tie
 
 
+def test_decoder_sees_unit_vectors_before_and_after_the_codes_come():
+    model = VQVAE(BAQuantizer(16, 4, metric="cosine"), 8, 4).train()
+    seen = []
+    model.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = torch.rand(2, 3, 32, 32)
+    for quantize in (False, True):
+        model(x, quantize)
+    model.eval()(x, refine=1)
+    for z in (*seen, model.latents(x), model.latents(x, 1)):
+        assert torch.allclose(z.norm(dim=1), torch.ones(()), atol=1e-5)
+
+
 def test_weights_start_with_variance_one_over_fan_in():
     """All but those of the output layer, which keeps PyTorch's third."""
     model = VQVAE(BAQuantizer(16, 64), hidden_dim=64, latent_dim=64)

@@ -22,9 +22,9 @@ def dense_assignment(z, codebook, log_w, temperature):
     return distances.argmin(1), stats, distances.min(1).values.sum()
 
 
-def both(**settings):
-    return [VQEMAQuantizer(8, 4, **settings), VQEMAQuantizer(8, 4, recipe="classical", **settings),
-            BAQuantizer(8, 4, **settings), BAQuantizer(8, 4, entropy_weight=math.inf, **settings)]
+def both(dim=4, **settings):
+    return [VQEMAQuantizer(8, dim, **settings), VQEMAQuantizer(8, dim, recipe="classical", **settings),
+            BAQuantizer(8, dim, **settings), BAQuantizer(8, dim, entropy_weight=math.inf, **settings)]
 
 
 @pytest.mark.parametrize("chunk", [1, 7 * 9, 1 << 20])
@@ -174,11 +174,19 @@ def test_straight_through_gradients(metric):
 
 
 def test_commitment_loss_value():
-    quantizer = BAQuantizer(8, 4, commitment_weight=0.5).train()
-    z = torch.randn(20, 4)
-    quantizer(z)
-    z_q, _, loss = quantizer.eval()(z)
-    assert torch.allclose(loss, 0.5 * (z - z_q).square().mean())
+    for quantizer in both(commitment_weight=0.5):
+        z = torch.randn(20, 4)
+        quantizer.train()(z)
+        z_q, _, loss = quantizer.eval()(z)
+        assert torch.allclose(loss, 0.5 * (z - z_q).square().mean())
+
+
+def test_commitment_loss_of_unit_vectors_does_not_shrink_with_their_dimension():
+    for quantizer in both(64, commitment_weight=0.5, metric="cosine"):
+        z = torch.randn(200, 64)
+        quantizer.train()(z)
+        z_q, _, loss = quantizer.eval()(z)
+        assert torch.allclose(loss, 0.5 * 2 * (1 - F.cosine_similarity(z, z_q)).mean())
 
 
 def test_shapes_and_lookup():
