@@ -818,24 +818,15 @@ def make_quantizer(config):
                        config.ba_iters)
 
 
-def water_level(variances: torch.Tensor, bits: float) -> torch.Tensor:
-    """Least error () of each live component of a Gaussian with these variances (D,), coded with `bits` bits; float64.
-
-    Reverse water-filling (Cover & Thomas, theorem 10.3.3): components with less variance than that are left out.
-    """
-    logs = variances.double().clamp_min(1e-30).log().sort(descending=True).values  # (D,)
-    levels = (logs.cumsum(0) - 2 * math.log(2) * bits) / torch.arange(1, len(logs) + 1)  # were the first 1, 2, ... live
-    return levels.max().exp()  # the level that fits its own number of components is the largest
-
-
 def live_directions(covariance: torch.Tensor, bits: float) -> torch.Tensor:
     """Principal directions that a Gaussian of this covariance (D, D) spends `bits` bits on: (D, L), orthonormal, float64, CPU.
 
-    Those whose variance is above `water_level`, by falling variance.
+    Reverse water-filling (Cover & Thomas, theorem 10.3.3): those whose variance is above the water level.
     """
     variances, directions = torch.linalg.eigh(covariance.cpu().double())  # rising
-    live = variances > water_level(variances, bits) * (1 + 1e-12)  # exp(log(v)) may round to less than v
-    return directions[:, live].flip(1)
+    logs, directions = variances.clamp_min(1e-30).log().flip(0), directions.flip(1)
+    levels = (logs.cumsum(0) - 2 * math.log(2) * bits) / torch.arange(1, len(logs) + 1)  # were the first 1, 2, ... live
+    return directions[:, logs > levels.max()]  # the level that fits its own number of directions is the largest
 
 
 # ----------------------------------------------------------------------------------------

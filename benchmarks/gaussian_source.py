@@ -1,13 +1,18 @@
-"""What could K codes per latent buy at best? A Gaussian source with the covariance of the images, as a yardstick.
+"""What could K codes per latent buy at best? Theory for a Gaussian source with the covariance of the images, as a yardstick.
 
     python benchmarks/gaussian_source.py --codebook_sizes 512,1024,4096,16384       # flags of the data set go to train.py
 
-Shannon's rate-distortion function of a Gaussian source of known covariance is reverse water-filling over its principal
-components (Cover & Thomas, theorem 10.3.3), here with (S/f)^2 log2 K bits for an image of S x S pixels. Only vectors of many
-images coded together reach it. Of all sources with this covariance the Gaussian is the hardest, so images may beat it: it is a
-yardstick, no bound. Beside it the same for f x f tiles by themselves (log2 K bits each, what neighbours tell is not used), and
-how many components per latent are worth coding, which the latent dimension D has to hold. The covariances are those of the
-training images. Writes results/gaussian_source.json.
+An encoder turns an image of S x S pixels linearly into (S/f)^2 latents of log2 K bits each, which together hold its first n
+principal components. Columns:
+
+- Shannon: reverse water-filling (Cover & Thomas, theorem 10.3.3), reached only by coding vectors of many images together;
+- best codes: a codebook of K vectors for each latent, high-resolution theory (Zador 1982, IEEE Trans. IT 28(2); the cells'
+  second moment is that of a sphere, its lower bound), n chosen for the least error;
+- balanced codes: the same with cells of equal probability, which is what lambda = inf asks for;
+- one tile: Shannon for f x f pixels by themselves, so without what neighbours tell.
+
+Of all sources with this covariance the Gaussian is the hardest, so images may beat it: a yardstick, no bound. n per latent is
+what the latent dimension D has to hold. Covariances are those of the training images. Writes results/gaussian_source.json.
 """
 
 import argparse
@@ -23,24 +28,47 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import train  # noqa: E402
 import vqvae  # noqa: E402
+from price_of_balance import balanced_to_best  # noqa: E402
 from quantizer_step import table  # noqa: E402
 
 RESULTS = ROOT / "results" / "gaussian_source.json"
 
 
 def spectrum(batches):
-    """Eigenvalues (D,) float64 of the covariance of rows, float64 batches (n, D)."""
+    """Eigenvalues (D,) float64, falling, of the covariance of rows, float64 batches (n, D)."""
     count, total, products = 0, 0, 0
     for rows in batches:
         count, total, products = count + len(rows), total + rows.sum(0), products + rows.T @ rows
     mean = total / count
-    return torch.linalg.eigvalsh(products / count - mean[:, None] * mean).clamp_min(0)
+    return torch.linalg.eigvalsh(products / count - mean[:, None] * mean).clamp_min(1e-15).flip(0)
 
 
-def best_psnr(variances, bits):
-    """(PSNR in dB, live components) of a Gaussian with these variances (D,), of values in [0, 1], coded with `bits` bits."""
-    level = vqvae.water_level(variances, bits)
-    return vqvae.psnr(variances.clamp_max(level).mean()).item(), int((variances > level).sum())
+def shannon(d):
+    return 1.0
+
+
+def best_codes(d):
+    """Squared error of K codes for a Gaussian of d dimensions over the error by Shannon, K large (Zador)."""
+    sphere = math.exp(2 / d * math.lgamma(d / 2 + 1)) / (math.pi * (d + 2))  # second moment of a ball of volume 1, per dimension
+    return 2 * math.pi * sphere * ((d + 2) / d) ** ((d + 2) / 2)
+
+
+def balanced_codes(d):
+    return best_codes(d) * (balanced_to_best(d) or math.inf)
+
+
+def least_error(variances, bits, latents, factor):
+    """(squared error, components per latent) of a Gaussian with these variances (D,), falling, coded with `bits` bits in all.
+
+    The first n components share the bits: each ends with the error factor(n / latents) * level, `level` that of
+    water-filling, and the others are left out. The best n of those whose level is below all n variances.
+    """
+    levels = ((variances.log().cumsum(0) - 2 * math.log(2) * bits) / torch.arange(1, len(variances) + 1)).exp()  # (D,)
+    left = variances.sum() - variances.cumsum(0)
+    errors = [(n * factor(n / latents) * level + rest, n / latents) for n, (level, rest, variance) in
+              enumerate(zip(levels.tolist(), left.tolist(), variances.tolist()), 1)
+              if level <= variance and factor(n / latents) < math.inf]
+    return min(errors, default=(variances.sum().item(), 0.0))
 
 
 def parse(argv):
@@ -62,17 +90,24 @@ def main(argv=None):
     latents = (config.image_size // config.downsample) ** 2
     batches = [vqvae.to_float(part).double() for part in images.split(5000)]  # (n, 3, S, S)
     whole = spectrum(x.flatten(1) for x in batches)
-    tiles = spectrum(F.pixel_unshuffle(x, config.downsample).movedim(1, -1).flatten(0, -2) for x in batches)
+    tile = spectrum(F.pixel_unshuffle(x, config.downsample).movedim(1, -1).flatten(0, -2) for x in batches)
     records = []
     for size in sizes:
-        psnr, live = best_psnr(whole, latents * math.log2(size))
-        records.append({"codebook_size": size, "psnr": psnr, "live_per_latent": live / latents,
-                        "tile_psnr": best_psnr(tiles, math.log2(size))[0]})
+        bits = math.log2(size)
+        record = {"codebook_size": size}
+        for name, *case in (("shannon", whole, latents, shannon), ("best_codes", whole, latents, best_codes),
+                            ("balanced_codes", whole, latents, balanced_codes), ("one_tile", tile, 1, shannon)):
+            variances, count, factor = case
+            error, components = least_error(variances, count * bits, count, factor)
+            record[name] = {"psnr": -10 * math.log10(error / len(variances)), "components_per_latent": components}
+        records.append(record)
     vqvae.write_json(RESULTS, {"dataset": config.dataset, "images": len(images), "downsample": config.downsample,
                                "sizes": records})
-    print(table(["K", "Gaussian images: PSNR dB", "components per latent", "Gaussian tiles: PSNR dB"],
-                [[r["codebook_size"], *(f"{r[key]:.{digits}f}" for key, digits in
-                                        (("psnr", 2), ("live_per_latent", 1), ("tile_psnr", 2)))] for r in records]))
+    cases = list(records[0])[1:]
+    print("PSNR in dB (components per latent)\n")
+    print(table(["K", *(name.replace("_", " ") for name in cases)],
+                [[r["codebook_size"], *(f"{r[name]['psnr']:.2f} ({r[name]['components_per_latent']:.1f})" for name in cases)]
+                 for r in records]))
 
 
 if __name__ == "__main__":
