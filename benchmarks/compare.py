@@ -216,7 +216,7 @@ def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, epochs=10):
                           ha="right", annotation_clip=True)
     if curves and GAUSSIAN.exists():
         points = vqvae.read_json(GAUSSIAN)["sizes"]
-        for case, line, label in (("shannon", "-.", "Gaussian source, Shannon"), ("best_codes", "--", "the same, K codes a latent")):
+        for case, line, label in (("shannon", "-.", "Gaussian source, Shannon"), ("best_codes", "--", "its best codebook")):
             both[0].plot([math.log2(point["codebook_size"]) for point in points], [point[case]["psnr"] for point in points],
                          line, color="0.4", label=label)
     longest = max(curves, key=len, default=[])

@@ -26,10 +26,9 @@ import vqvae  # noqa: E402
 class FromLibrary(nn.Module):
     """A module of vector-quantize-pytorch behind the triple, in float32 whatever autocast says."""
 
-    def __init__(self, module, metric="euclid"):
+    def __init__(self, module):
         super().__init__()
         self.module = module
-        self.metric = metric  # of the latents that the decoder is warmed up with
 
     def forward(self, z):
         with torch.autocast(z.device.type, enabled=False):
@@ -52,8 +51,7 @@ def ema(config, **options):
     vectors_per_code = config.batch_size * (config.image_size // config.downsample) ** 2 / config.codebook_size
     options = {"decay": config.ema_decay, "kmeans_init": True, "commitment_weight": config.commitment_weight,
                "threshold_ema_dead_code": 0.1 * vectors_per_code, "rotation_trick": False, **options}
-    return FromLibrary(library().VectorQuantize(config.latent_dim, config.codebook_size, accept_image_fmap=True, **options),
-                       "cosine" if options.get("use_cosine_sim") else "euclid")
+    return FromLibrary(library().VectorQuantize(config.latent_dim, config.codebook_size, accept_image_fmap=True, **options))
 
 
 def simvq(config):
