@@ -9,7 +9,7 @@ statistics, `.item()` of every loss at every step (on the CPU it profits from th
 turn, `--rounds` times; the ratio is that of the medians. Also measured: the network alone (no quantizer), and what the input
 pipeline, the code histogram and the evaluation of the validation split add to an epoch. The floor is operations and bytes of
 a step over the matrix and copy rates measured in the same run. Random images stand in for a data set. Writes
-results/speed/throughput_DEVICE_hH_dD_kK.json.
+results/speed/throughput_DEVICE_SIZE.json, SIZE its hidden width, residual blocks, D, K and batch.
 """
 
 import argparse
@@ -197,7 +197,7 @@ def main(argv=None):
     ratios["ba_vq step / floor"] = config.batch_size / rate["ba_vq"] / least
     ratios["network step / floor"] = config.batch_size / rate["no quantizer"] / floor["seconds"]["network"]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    size = f"h{config.hidden_dim}_d{config.latent_dim}_k{config.codebook_size}"
+    size = f"h{config.hidden_dim}x{config.res_blocks}_d{config.latent_dim}_k{config.codebook_size}_b{config.batch_size}"
     vqvae.write_json(RESULTS / f"throughput_{device.type}_{size}.json", {
         "machine": machine(device), "config": config.to_dict(), "images_per_second": rate, "ratios": ratios, "floor": floor,
         "raw": times})
