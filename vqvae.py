@@ -103,7 +103,7 @@ class Config:
     val_size: int = option(5000, "validation images held out from the end of the training set", low=0)
     # network
     hidden_dim: int = option(128, "width of the encoder and the decoder", low=2, high=4096)
-    latent_dim: int = option(256, "dimension D of latents and codes", low=1, high=4096)
+    latent_dim: int = option(16, "dimension D of latents and codes", low=1, high=4096)
     res_blocks: int = option(2, "residual blocks in the encoder, and as many in the decoder", low=0, high=200)
     downsample: int = option(4, "image pixels per latent, per side", choices=(2, 4, 8, 16))
     # quantizer
@@ -847,7 +847,7 @@ class VQVAE(nn.Module):
     quantizer: any module that maps latents (B, D, H, W) to the triple (z_q, indices, loss).
     """
 
-    def __init__(self, quantizer: nn.Module, hidden_dim: int = 128, latent_dim: int = 256, downsample: int = 4,
+    def __init__(self, quantizer: nn.Module, hidden_dim: int = 128, latent_dim: int = 16, downsample: int = 4,
                  res_blocks: int = 2) -> None:
         super().__init__()
         self.downsample = downsample

@@ -19,8 +19,8 @@ def test_latent_and_image_shapes(size, downsample):
 def test_default_network_is_the_documented_one():
     config = Config()
     model = vqvae.make_model(config)
-    assert (config.hidden_dim, config.latent_dim, config.codebook_size) == (128, 256, 512)
-    assert model.latents(torch.rand(1, 3, 32, 32)).shape == (1, 256, 8, 8)
+    assert (config.hidden_dim, config.latent_dim, config.codebook_size) == (128, 16, 512)
+    assert model.latents(torch.rand(1, 3, 32, 32)).shape == (1, 16, 8, 8)
 
 
 def test_deep_stacks_of_residual_blocks_start_with_small_branches():
