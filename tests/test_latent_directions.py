@@ -19,7 +19,7 @@ def test_a_bend_is_told_from_a_direction_of_its_own():
     rotation, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1)))
     variance, told = latent_directions.directions(z @ rotation + 7)
     assert variance == pytest.approx([100 / 121.5, 16 / 121.5, 5.5 / 121.5], rel=0.05)
-    assert told == pytest.approx([1, 0, 4.5 / 5.5], abs=0.03)
+    assert told == pytest.approx([1, 0, 4.5 / 5.5], abs=0.06)  # less, by what quantiles of the tails blur
 
 
 def test_run(tiny, tmp_path, monkeypatch, capsys):
