@@ -188,7 +188,7 @@ def summary():
 def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, epochs=10):
     """PNG: PSNR against the entropy of the indices, means over the seeds that all have; BA-VQ a curve over lambda for each K.
 
-    Left everything, with the theory for a Gaussian source if GAUSSIAN is there; right the neighbourhood of the longest curve.
+    Left everything, with Shannon's curve of a Gaussian source from GAUSSIAN; right the neighbourhood of the longest curve.
     """
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     both = figure.subplots(1, 2)
@@ -214,11 +214,10 @@ def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, epochs=10):
             axes.axvline(math.log2(size), color="0.6", linestyle=":", linewidth=1)
             axes.annotate(f"K={size}", (math.log2(size), 0.02), xycoords=("data", "axes fraction"), fontsize=8, rotation=90,
                           ha="right", annotation_clip=True)
-    if curves and GAUSSIAN.exists():
-        points = vqvae.read_json(GAUSSIAN)["sizes"]
-        for case, line, label in (("shannon", "-.", "Gaussian source, Shannon"), ("best_codes", "--", "its best codebook")):
-            both[0].plot([math.log2(point["codebook_size"]) for point in points], [point[case]["psnr"] for point in points],
-                         line, color="0.4", label=label)
+    gaussian = vqvae.read_json(GAUSSIAN) if curves and GAUSSIAN.exists() else {}
+    if (gaussian.get("dataset"), gaussian.get("downsample")) == ("cifar10", 4):
+        both[0].plot([math.log2(point["codebook_size"]) for point in gaussian["sizes"]],
+                     [point["shannon"]["psnr"] for point in gaussian["sizes"]], "--", color="0.4", label="Gaussian source, R(D)")
     longest = max(curves, key=len, default=[])
     for weight, rate, quality in longest:  # all to the right, where the curve falls away, but for the first
         both[1].annotate(f"λ={weight:g}".replace("inf", "∞"), (rate, quality), fontsize=8, textcoords="offset points",

@@ -1,4 +1,4 @@
-"""What could K codes per latent buy at best? Theory for a Gaussian source with the covariance of the images, as a yardstick.
+"""What could K codes per latent buy? Theory for a Gaussian source with the covariance of the images, as a yardstick.
 
     python benchmarks/gaussian_source.py --codebook_sizes 512,1024,4096,16384       # flags of the data set go to train.py
 
@@ -6,13 +6,15 @@ An encoder turns an image of S x S pixels linearly into (S/f)^2 latents of log2 
 principal components. Columns:
 
 - Shannon: reverse water-filling (Cover & Thomas, theorem 10.3.3), reached only by coding vectors of many images together;
-- best codes: a codebook of K vectors for each latent, high-resolution theory (Zador 1982, IEEE Trans. IT 28(2); the cells'
-  second moment is that of a sphere, its lower bound), n chosen for the least error;
+- best codes: a codebook of K vectors for each latent, by high-resolution theory (Zador 1982, IEEE Trans. IT 28(2)) with cells
+  that have the second moment of a ball, and with n chosen for the least error;
 - balanced codes: the same with cells of equal probability, which is what lambda = inf asks for;
 - one tile: Shannon for f x f pixels by themselves, so without what neighbours tell.
 
-Of all sources with this covariance the Gaussian is the hardest, so images may beat it: a yardstick, no bound. n per latent is
-what the latent dimension D has to hold. Covariances are those of the training images. Writes results/gaussian_source.json.
+Of all sources with this covariance the Gaussian has the largest Shannon error, so images may beat that column. The two for
+codebooks are estimates, neither bounds nor asymptotes reached: they hold for large K, while 512 codes in five dimensions are
+three and a half levels in each. n per latent is what the latent dimension D has to hold. Covariances are those of the training
+images. Writes results/gaussian_source.json.
 """
 
 import argparse
@@ -48,7 +50,9 @@ def shannon(d):
 
 
 def best_codes(d):
-    """Squared error of K codes for a Gaussian of d dimensions over the error by Shannon, K large (Zador)."""
+    """Squared error of K codes for a Gaussian of d dimensions over the error by Shannon, K large (Zador); inf for d < 1."""
+    if d < 1:  # a component cannot be shared by codebooks
+        return math.inf
     sphere = math.exp(2 / d * math.lgamma(d / 2 + 1)) / (math.pi * (d + 2))  # second moment of a ball of volume 1, per dimension
     return 2 * math.pi * sphere * ((d + 2) / d) ** ((d + 2) / 2)
 
@@ -61,14 +65,14 @@ def least_error(variances, bits, latents, factor):
     """(squared error, components per latent) of a Gaussian with these variances (D,), falling, coded with `bits` bits in all.
 
     The first n components share the bits: each ends with the error factor(n / latents) * level, `level` that of
-    water-filling, and the others are left out. The best n of those whose level is below all n variances.
+    water-filling, and the others are left out. The best n of those whose level is below all n variances; 0 if none pays.
     """
     levels = ((variances.log().cumsum(0) - 2 * math.log(2) * bits) / torch.arange(1, len(variances) + 1)).exp()  # (D,)
     left = variances.sum() - variances.cumsum(0)
     errors = [(n * factor(n / latents) * level + rest, n / latents) for n, (level, rest, variance) in
               enumerate(zip(levels.tolist(), left.tolist(), variances.tolist()), 1)
               if level <= variance and factor(n / latents) < math.inf]
-    return min(errors, default=(variances.sum().item(), 0.0))
+    return min([(variances.sum().item(), 0.0), *errors])
 
 
 def parse(argv):
@@ -81,16 +85,24 @@ def parse(argv):
         raise vqvae.UserError(f"codebook_sizes: expected numbers with commas between ({error})") from error
     if min(sizes) < 2:
         raise vqvae.UserError(f"codebook_sizes: {min(sizes)} must be at least 2")
-    return sizes, train.config_from([*words, "--no_wandb"])[0]
+    config, dry_run = train.config_from([*words, "--no_wandb"])
+    if dry_run:
+        raise vqvae.UserError("dry_run: belongs to train.py; drop it here")
+    if config.image_size > 64:  # the covariance has (3 S^2)^2 entries
+        raise vqvae.UserError(f"image_size: {config.image_size} must be at most 64 here")
+    return sizes, config
 
 
 def main(argv=None):
     sizes, config = parse(argv)
     images, _ = vqvae.training_images(config)
     latents = (config.image_size // config.downsample) ** 2
-    batches = [vqvae.to_float(part).double() for part in images.split(5000)]  # (n, 3, S, S)
-    whole = spectrum(x.flatten(1) for x in batches)
-    tile = spectrum(F.pixel_unshuffle(x, config.downsample).movedim(1, -1).flatten(0, -2) for x in batches)
+
+    def batches():  # (n, 3, S, S)
+        return (vqvae.to_float(part).double() for part in images.split(5000))
+
+    whole = spectrum(x.flatten(1) for x in batches())
+    tile = spectrum(F.pixel_unshuffle(x, config.downsample).movedim(1, -1).flatten(0, -2) for x in batches())
     records = []
     for size in sizes:
         bits = math.log2(size)
@@ -106,7 +118,8 @@ def main(argv=None):
     cases = list(records[0])[1:]
     print("PSNR in dB (components per latent)\n")
     print(table(["K", *(name.replace("_", " ") for name in cases)],
-                [[r["codebook_size"], *(f"{r[name]['psnr']:.2f} ({r[name]['components_per_latent']:.1f})" for name in cases)]
+                [[r["codebook_size"], *(f"{r[name]['psnr']:.2f} ({r[name]['components_per_latent']:.1f})"
+                                        if r[name]["components_per_latent"] else "nothing pays" for name in cases)]
                  for r in records]))
 
 

@@ -34,12 +34,19 @@ def test_best_codes_of_one_dimension():
 
 
 def test_components_share_the_bits_where_coding_another_does_not_pay():
-    # Two latents, so one component has d = 1/2. Balanced cells need d > 2: five components at least, though Shannon codes two.
+    # Two latents: balanced cells need d > 2, so at least five components, where Shannon would code two; the seventh is too small.
     variances = torch.tensor([10.0, 9.0, 5.0, 5.0, 5.0, 5.0, 1e-6]).double()
     assert gaussian_source.least_error(variances, 0.1, 2, gaussian_source.shannon)[1] == 1.0
     error, components = gaussian_source.least_error(variances, 12, 2, gaussian_source.balanced_codes)
     level = variances[:6].prod() ** (1 / 6) * 2 ** (-24 / 6)
     assert components == 3 and error == pytest.approx(6 * gaussian_source.balanced_codes(3) * level.item() + 1e-6)
+
+
+@pytest.mark.parametrize("factor", [gaussian_source.best_codes, gaussian_source.balanced_codes])
+def test_where_no_code_pays_the_error_is_the_variance(factor):
+    variances = torch.tensor([16.0, 4.0, 1.0]).double()
+    assert gaussian_source.least_error(variances, 0.5, 1, factor) == (21.0, 0.0)  # one component at 2.7 times 8 would be 26.8
+    assert gaussian_source.best_codes(0.5) == math.inf
 
 
 def test_run(tmp_path, monkeypatch, capsys):
@@ -54,7 +61,8 @@ def test_run(tmp_path, monkeypatch, capsys):
     assert record["images"] == 600 and f"| 4096 | {large['shannon']['psnr']:.2f} (" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--codebook_sizes", "x"], ["--codebook_sizes", "1"], ["--lr", "fast"]])
+@pytest.mark.parametrize("words", [["--codebook_sizes", "x"], ["--codebook_sizes", "1"], ["--lr", "fast"], ["--dry_run"],
+                                   ["--dataset", "dead_leaves", "--image_size", "128"]])
 def test_bad_words(words, capsys):
     assert vqvae.run_command(lambda: gaussian_source.main(words)) == 2
     assert capsys.readouterr().err.count("\n") == 1
