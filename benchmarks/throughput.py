@@ -1,6 +1,6 @@
 """Training throughput: this project's loop against the classical way, same network, codebook size and batch.
 
-    python benchmarks/throughput.py                                  # full size: hidden 128, D 256, K 512, batch 256
+    python benchmarks/throughput.py                                  # hidden 128, D 256, K 512, batch 256
     python benchmarks/throughput.py --hidden_dim 64 --latent_dim 8 --batch_size 128 --rounds 5
     python benchmarks/throughput.py --compile                        # and the same with compiled networks
 
