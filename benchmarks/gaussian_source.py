@@ -107,9 +107,9 @@ def main(argv=None):
     for size in sizes:
         bits = math.log2(size)
         record = {"codebook_size": size}
-        for name, *case in (("shannon", whole, latents, shannon), ("best_codes", whole, latents, best_codes),
-                            ("balanced_codes", whole, latents, balanced_codes), ("one_tile", tile, 1, shannon)):
-            variances, count, factor = case
+        for name, variances, count, factor in (
+                ("shannon", whole, latents, shannon), ("best_codes", whole, latents, best_codes),
+                ("balanced_codes", whole, latents, balanced_codes), ("one_tile", tile, 1, shannon)):
             error, components = least_error(variances, count * bits, count, factor)
             record[name] = {"psnr": -10 * math.log10(error / len(variances)), "components_per_latent": components}
         records.append(record)

@@ -131,13 +131,21 @@ def test_bad_words(words, results, capsys):
     assert capsys.readouterr().err.count("\n") == 1 and not list(results.iterdir())
 
 
-def test_rate_distortion_figure(results, tiny_config, tmp_path):
+def test_rate_distortion_figure(results, tiny_config, tmp_path, monkeypatch):
     config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, epochs=10).to_dict()
     for method, bits in (("vq_ema", 3.5), ("ba_vq_lambdainf", 3.9), ("ba_vq_lambda10", 3.7)):
         record = {"method": method, "seed": 0, "psnr": 20 + bits, "bits_per_index": bits, "config": config}
         (results / f"{method}.json").write_text(json.dumps(record))
+    monkeypatch.setattr(compare, "GAUSSIAN", tmp_path / "gaussian.json")
     compare.rate_distortion_figure(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+    for dataset in ("dead_leaves", "cifar10"):  # theory is drawn for the data set of the figure only
+        points = [{"codebook_size": size, "shannon": {"psnr": psnr}} for size, psnr in ((8, 24.0), (16, 25.0))]
+        compare.GAUSSIAN.write_text(json.dumps({"dataset": dataset, "downsample": 4, "sizes": points}))
+        compare.rate_distortion_figure(tmp_path / "theory.png")
+        same = (tmp_path / "theory.png").read_bytes() == (tmp_path / "figure.png").read_bytes()
+        assert same == (dataset == "dead_leaves")
+    compare.GAUSSIAN.unlink()
     for name, seed, psnr in (("one method's own seed", 1, 50.0), ("a seed of all", 0, 30.0)):
         (results / "vq_ema_again.json").write_text(json.dumps({**record, "method": "vq_ema", "seed": seed, "psnr": psnr}))
         compare.rate_distortion_figure(tmp_path / "again.png")
