@@ -155,6 +155,8 @@ class Config:
             raise UserError(f"image_size: cifar10 images are 32 pixels, not {self.image_size}; drop the setting")
         if self.image_size % self.downsample:
             raise UserError(f"image_size: {self.image_size} is not divisible by downsample {self.downsample}")
+        if self.metric == "cosine" and self.latent_dim == 1:
+            raise UserError("metric: cosine in one dimension knows only two directions; raise latent_dim or use euclid")
         if self.ema_decay is None:
             object.__setattr__(self, "ema_decay", default_ema_decay(self))
         if self.warmup_fraction is None:
@@ -572,6 +574,8 @@ class Quantizer(nn.Module):
         super().__init__()
         if codebook_size < 1 or dim < 1 or metric not in ("euclid", "cosine"):
             raise ValueError(f"codebook_size {codebook_size} and dim {dim} must be positive, metric {metric!r} euclid or cosine")
+        if metric == "cosine" and dim == 1:
+            raise ValueError("metric 'cosine' needs dim of at least 2: one dimension has only two directions")
         if not (0 <= ema_decay < 1 and 0 <= commitment_weight < math.inf and 0 <= restart_threshold <= 1):
             raise ValueError(f"ema_decay {ema_decay} must be in [0, 1), commitment_weight {commitment_weight} in [0, inf), "
                              f"restart_threshold {restart_threshold} in [0, 1]")

@@ -72,6 +72,8 @@ def cell(method, size, dim, seed, extra):
     config, dry_run = train.config_from(flags)
     if dry_run:
         raise vqvae.UserError("dry_run: belongs to train.py; drop it here")
+    if method in peers.PEERS and config.metric != "euclid":
+        raise vqvae.UserError(f"metric: {method} has its own; drop the flag")
     torch.manual_seed(seed)
     quantizer = peers.PEERS[method](config) if method in peers.PEERS else None
     return dataclasses.replace(config, name=run_name(method, size, dim, seed, config)), quantizer

@@ -49,8 +49,8 @@ def test_figures_of_every_kind(tiny_config, tmp_path):
     small = dict(epochs=1, image_size=8, val_size=0)  # no SSIM, no validation images
     vqvae.train(tiny_config(name="ema", quantizer="vq_ema", vq_recipe="classical", **small))
     vqvae.train(tiny_config(name="ba", **small))
-    vqvae.train(tiny_config(name="ba_cosine", metric="cosine", latent_dim=1, **small))
-    vqvae.train(tiny_config(name="ba_lambda0_k8", entropy_weight=0.0, codebook_size=8, **small))
+    vqvae.train(tiny_config(name="ba_cosine", metric="cosine", latent_dim=2, **small))
+    vqvae.train(tiny_config(name="ba_lambda0_k8", entropy_weight=0.0, codebook_size=8, latent_dim=1, **small))
     folders = analysis.find_runs(tiny_config().out_dir)
     records, models, histograms, images = analysis.open_runs(folders)
     assert [record["name"] for record in records] == ["ba", "ba_cosine", "ba_lambda0_k8", "ema"] and len(images) == 40

@@ -216,6 +216,7 @@ def test_a_dead_code_stays_on_the_sphere():
 
 
 @pytest.mark.parametrize("kind, values", [(VQEMAQuantizer, {"codebook_size": 0}), (VQEMAQuantizer, {"metric": "cosin"}),
+                                          (BAQuantizer, {"metric": "cosine", "dim": 1}),
                                           (VQEMAQuantizer, {"ema_decay": 1.0}), (VQEMAQuantizer, {"recipe": "new"}),
                                           (BAQuantizer, {"entropy_weight": -1.0}), (BAQuantizer, {"entropy_weight": math.nan}),
                                           (BAQuantizer, {"temperature_end": 0.0}), (BAQuantizer, {"restart_threshold": 2.0}),
