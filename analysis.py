@@ -68,7 +68,7 @@ def one_seed(folders):
 def method(config):
     """Short label of a quantizer and its recipe."""
     name = f"VQ-EMA {config.vq_recipe}" if config.quantizer == "vq_ema" else f"BA-VQ λ={config.entropy_weight:g}"
-    return name + (" cosine" if config.metric == "cosine" else "")
+    return name + (" cosine" if config.metric == "cosine" else "") + (" predictive" if config.prediction != "none" else "")
 
 
 def identity(record):
@@ -270,17 +270,17 @@ def open_runs(folders):
 
 
 def usage_histograms(records, histograms):
-    """Figure: sorted share of each code on the test set, relative to uniform use; a histogram (K,) for each record."""
+    """Figure: sorted share of each code on the test set, relative to uniform use; histograms of `vqvae.code_histogram`."""
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.add_subplot()
     styles = looks(records, _name)
     lowest, highest = 0.1, 10  # two decades at least, or even use looks uneven
     for record, histogram in zip(records, histograms):
-        share = np.sort(histogram.double().numpy())[::-1] * len(histogram) / histogram.sum().item()
+        share = np.sort(histogram.double().flatten().numpy())[::-1] * histogram.numel() / histogram.sum().item()
         perplexity = vqvae.codebook_metrics(histogram)["perplexity"]
         lowest, highest = min(lowest, share[share > 0].min() / 1.2), max(highest, share.max() * 1.2)
         options = {**styles[record["name"]], "marker": "", "label": f"{record['name']}: perplexity/K = "
-                   f"{perplexity / len(histogram):.2f}"}
+                   f"{perplexity / histogram.shape[-1]:.2f}"}
         axes.plot((np.arange(len(share)) + 0.5) / len(share), np.where(share > 0, share, np.nan), **options)
     axes.axhline(1, color="0.5", linewidth=1)
     axes.set(yscale="log", xlim=(0, 1), ylim=(lowest, highest), xlabel="codes, sorted by use (fraction of K)",
@@ -371,9 +371,12 @@ def rate_distortion(records):
 
 
 def latents_of(model, images):
-    """Latents (N, D) of images, on the unit sphere where the quantizer is."""
+    """Latents (N, D) of images, on the unit sphere where the quantizer is; with prediction those of the half coded without it."""
     with torch.no_grad():
-        return model.latents(vqvae.to_float(images)).permute(0, 2, 3, 1).flatten(0, 2)
+        z = model.latents(vqvae.to_float(images)).permute(0, 2, 3, 1)  # (B, H, W, D)
+    if isinstance(model.quantizer, vqvae.PredictiveQuantizer):
+        z = z[:, ~vqvae.checkerboard(z.shape[1:3], z.device), None]  # (B, n, 1, D)
+    return z.flatten(0, 2)
 
 
 def codes_and_latents(records, models, images):

@@ -186,7 +186,7 @@ def evaluate_checkpoint(path, options, device, inception, originals):
         raise vqvae.UserError(f"test_subset: r-IS needs at least 10 images, not {len(images)}; raise it or add --no_fid")
     print(f"{path}: {len(images)} test images of {config.dataset}", flush=True)
     size, refine = config.codebook_size, options.refine
-    histogram = torch.zeros(size, dtype=torch.int64, device=device)
+    histogram = vqvae.empty_histogram(model, size)
     metrics = {"checkpoint": str(path), "dataset": config.dataset, "codebook_size": size, "refine": refine,
                **vqvae.evaluate(model, images, size, options.batch_size, refine=refine, histogram=histogram)}
     if inception is not None:

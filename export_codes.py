@@ -41,13 +41,15 @@ def decode(model, indices, batch_size=500):
         return torch.cat([vqvae.to_bytes(model.decode(batch.to(device))).permute(0, 2, 3, 1).cpu() for batch in batches])
 
 
-def bits_per_pixel(indices, codebook_size, pixels):
-    """{'fixed_length', 'entropy'} in bits per pixel for indices (N, H, W) of images of `pixels` pixels.
+def bits_per_pixel(model, indices, codebook_size, pixels):
+    """{'fixed_length', 'entropy'} in bits per pixel for indices (N, H, W) of images of `pixels` pixels, from `model`.
 
     fixed_length: ceil(log2 K) bits per index; entropy: what an ideal coder of independent indices needs.
     """
     per_image = indices[0].numel()
-    entropy = vqvae.codebook_metrics(torch.bincount(indices.flatten(), minlength=codebook_size))["bits_per_index"]
+    histogram = vqvae.empty_histogram(model, codebook_size)
+    vqvae.count_codes(histogram, indices.to(histogram.device))
+    entropy = vqvae.codebook_metrics(histogram)["bits_per_index"]
     return {"fixed_length": math.ceil(math.log2(codebook_size)) * per_image / pixels, "entropy": entropy * per_image / pixels}
 
 
@@ -66,7 +68,7 @@ def encode_command(options, model, config):
     kind = np.min_scalar_type(config.codebook_size - 1)
     save_npz(options.output, indices=indices.numpy().astype(kind), codebook_size=config.codebook_size)
     pixels = images.shape[1] * images.shape[2]
-    bits = bits_per_pixel(indices, config.codebook_size, pixels)
+    bits = bits_per_pixel(model, indices, config.codebook_size, pixels)
     on_disk = Path(options.output).stat().st_size * 8 / (len(images) * pixels)
     print(f"{options.output}: {len(images)} images of {images.shape[1]}x{images.shape[2]} as "
           f"{indices.shape[1]}x{indices.shape[2]} codes; bits per pixel: {bits['fixed_length']:.4f} at fixed length, "

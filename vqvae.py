@@ -17,6 +17,8 @@ Sources, cited below by name:
     Rose 1998           Deterministic annealing for clustering, compression, classification, Proc. IEEE 86(11)
     Cuturi 2013         Sinkhorn distances: lightspeed computation of optimal transport, arXiv 1306.0895
     Lee 2001            Occlusion models for natural images, Lee, Mumford & Huang, IJCV 41
+    Cuperman 1985       Vector predictive coding of speech at 16 kbit/s, Cuperman & Gersho, IEEE Trans. Communications 33(7)
+    He 2021             Checkerboard context model for efficient learned image compression, arXiv 2103.15306
     Wang 2004           Image quality assessment: from error visibility to structural similarity
 """
 
@@ -125,6 +127,8 @@ class Config:
     anneal_fraction: float = option(0.5, "ba_vq: fraction of training after the warm-up over which the temperature falls",
                                     low=0, high=1)
     ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
+    prediction: str = option("none", "'checkerboard': every second latent is coded as the difference from what the codes "
+                             "around it tell, with codes of its own", choices=("none", "checkerboard"))
     # training
     warmup_fraction: Optional[float] = option(None, "fraction of training before the quantizer joins in "
                                               "(default 0.1; vq_ema classical 0)", low=0, high=0.9)
@@ -157,6 +161,10 @@ class Config:
             raise UserError(f"image_size: {self.image_size} is not divisible by downsample {self.downsample}")
         if self.metric == "cosine" and self.latent_dim == 1:
             raise UserError("metric: cosine in one dimension knows only two directions; raise latent_dim or use euclid")
+        if self.prediction != "none" and self.metric == "cosine":
+            raise UserError("prediction: differences have lengths, which cosine does not compare; use metric euclid")
+        if self.prediction != "none" and self.image_size == self.downsample:
+            raise UserError("prediction: an image of one latent has no neighbours to predict from; lower downsample")
         if self.ema_decay is None:
             object.__setattr__(self, "ema_decay", default_ema_decay(self))
         if self.warmup_fraction is None:
@@ -185,6 +193,8 @@ def default_ema_decay(config: Config) -> float:
     if config.quantizer == "vq_ema" and config.vq_recipe == "classical":
         return 0.8
     vectors_per_batch = config.batch_size * (config.image_size // config.downsample) ** 2
+    if config.prediction != "none":  # a codebook sees half of them
+        vectors_per_batch //= 2
     return round(max(0.9, 1 - math.sqrt(vectors_per_batch / config.codebook_size) / 28), 5)
 
 
@@ -636,14 +646,6 @@ class Quantizer(nn.Module):
         return Quantized(z_q, indices.view(rows.shape[:-1]), loss)
 
     @torch.no_grad()
-    def nearest(self, z: torch.Tensor) -> torch.Tensor:
-        """Codes nearest to latents z (B, D, H, W), in the shape of z, float32. Changes no state."""
-        rows = z.permute(0, 2, 3, 1)  # (B, H, W, D)
-        with torch.autocast(z.device.type, enabled=False):
-            indices = nearest_code(self._on_sphere(rows.reshape(-1, self.dim).float()), self.codebook)
-        return self.codes(indices).view(rows.shape).permute(0, 3, 1, 2)
-
-    @torch.no_grad()
     def _train_step(self, z):
         if not self.initialized:
             self.initialize(z)
@@ -812,8 +814,91 @@ class BAQuantizer(Quantizer):
         self.codebook.copy_(self._on_sphere(torch.where(counts > 1e-12, centroids, self.codebook)))
 
 
+def checkerboard(size, device):
+    """Which latents of a grid of size (H, W) are in the second half, (H, W) bool: every second one, in rows and in columns."""
+    rows, columns = (torch.arange(n, device=device) for n in size)
+    return (rows[:, None] + columns) % 2 == 1
+
+
+class PredictiveQuantizer(nn.Module):
+    """Two quantizers for the halves of a checkerboard: the second codes what the codes of the first do not tell.
+
+    Neighbouring latents depend on each other, so codes chosen one by one say much of it twice, however evenly they are used.
+    Here the first half is coded as ever. The second half, in between (He 2021), is predicted from the codes of the first in the
+    5 x 5 latents around, and the difference is coded (predictive vector quantization, Cuperman 1985). Decoding does the same
+    in two steps. An index has K values in both halves; each half has K codes of its own, since latents and differences differ.
+
+    first, second: quantizers of the same codebook_size and dim, metric 'euclid'; hidden_dim: width of the predictor.
+    Raises ValueError where they are not.
+    """
+
+    def __init__(self, first: Quantizer, second: Quantizer, hidden_dim: int = 64) -> None:
+        super().__init__()
+        if (first.codebook_size, first.dim) != (second.codebook_size, second.dim) or "cosine" in (first.metric, second.metric):
+            raise ValueError("first and second must have the same codebook_size and dim, and metric 'euclid'")
+        self.first, self.second, self.codebook_size, self.dim = first, second, first.codebook_size, first.dim
+        self.predictor = nn.Sequential(nn.Conv2d(self.dim + 1, hidden_dim, 5, padding=2), nn.ReLU(),
+                                       nn.Conv2d(hidden_dim, self.dim, 1))
+        for parameter in self.predictor[2].parameters():
+            nn.init.zeros_(parameter)  # it predicts 0 until it has learned better
+
+    @property
+    def initialized(self):
+        return self.first.initialized
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """Codes of the first half, (K, D): those that stand for whole latents."""
+        return self.first.codebook
+
+    def set_progress(self, progress: float) -> None:
+        """Tell both quantizers how far training is, in [0, 1]."""
+        self.first.set_progress(progress)
+        self.second.set_progress(progress)
+
+    def predict(self, known: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """The second half's latents, (B, n, D), from codes known (B, H, W, D), 0 where second (H, W) is True."""
+        coded = (~second).to(known).expand(len(known), 1, -1, -1)  # (B, 1, H, W), by which borders tell themselves from zeros
+        return self.predictor(torch.cat([known.permute(0, 3, 1, 2), coded], 1)).permute(0, 2, 3, 1)[:, second]
+
+    def codes(self, indices: torch.Tensor) -> torch.Tensor:
+        """Look up codes: indices (B, H, W) int64 -> (B, H, W, D), predictions included."""
+        second = checkerboard(indices.shape[1:], indices.device)  # (H, W)
+        codes = self.codebook.new_zeros(*indices.shape, self.dim)
+        codes[:, ~second] = self.first.codes(indices[:, ~second])
+        codes[:, second] = self.predict(codes, second) + self.second.codes(indices[:, second])
+        return codes
+
+    def forward(self, z: torch.Tensor) -> Quantized:
+        """z (B, D, H, W) of two latents or more, any float dtype -> Quantized(z_q, indices, loss). Raises ValueError on others.
+
+        In training both quantizers learn. The gradient of the loss, not its value, then holds the squared error of the
+        prediction, too; it reaches the predictor alone.
+        """
+        if z.dim() != 4 or z.shape[1] != self.dim or z.shape[2] * z.shape[3] < 2 or len(z) == 0:
+            raise ValueError(f"expected (B, {self.dim}, H, W) of two latents or more, not empty, got {tuple(z.shape)}")
+        second = checkerboard(z.shape[2:], z.device)  # (H, W)
+        with torch.autocast(z.device.type, enabled=False):
+            rows = z.permute(0, 2, 3, 1).float()  # (B, H, W, D)
+            z_q, indices = torch.zeros_like(rows), torch.empty(rows.shape[:3], dtype=torch.int64, device=z.device)
+            codes, index, loss = self.first(rows[:, ~second].flatten(0, 1))
+            z_q[:, ~second], indices[:, ~second] = codes.view(len(z), -1, self.dim), index.view(len(z), -1)
+            predicted = self.predict(z_q.detach(), second)  # (B, n, D)
+            base = predicted.detach()
+            codes, index, second_loss = self.second((rows[:, second] - base).flatten(0, 1))
+            z_q[:, second], indices[:, second] = base + codes.view_as(base), index.view(len(z), -1)
+            loss = torch.lerp(loss, second_loss, second.float().mean())  # of the mean over all latents
+            if self.training:
+                error = F.mse_loss(predicted, rows[:, second].detach())
+                loss = loss + (error - error.detach())
+        return Quantized(z_q.permute(0, 3, 1, 2).to(z.dtype), indices, loss)
+
+
 def make_quantizer(config):
     """The quantizer that a Config describes."""
+    if config.prediction == "checkerboard":
+        halved = dataclasses.replace(config, prediction="none")
+        return PredictiveQuantizer(make_quantizer(halved), make_quantizer(halved))
     common = (config.codebook_size, config.latent_dim, config.metric, config.ema_decay, config.commitment_weight,
               config.restart_threshold)
     if config.quantizer == "vq_ema":
@@ -887,8 +972,7 @@ class VQVAE(nn.Module):
         fall (results/LOG.md). Needs a quantizer of this module.
         """
         z = z.float()
-        rows, columns = (torch.arange(n, device=z.device) for n in z.shape[2:])
-        parity = (rows[:, None] + columns) % 2  # (H, W)
+        second = checkerboard(z.shape[2:], z.device)  # (H, W)
         codebook = self.quantizer.codebook
         with torch.autocast(z.device.type, enabled=False):
             covariance = torch.cov(codebook.T, correction=0).view(codebook.shape[1], -1)
@@ -900,14 +984,15 @@ class VQVAE(nn.Module):
 
         moved = z
         for i in range(passes):
-            codes = self.quantizer.nearest(moved)  # (B, D, H, W)
+            with eval_mode(self):
+                codes = self.quantizer(moved).z_q  # (B, D, H, W)
             with torch.inference_mode(False), torch.enable_grad():
                 e = codes.clone().requires_grad_()
                 g, = torch.autograd.grad((self.reconstruct(e).float() - x).square().sum(), e)
             gap = codes - z
             inverse_curvature = (live_norm(gap) / live_norm(g)).nan_to_num(0, posinf=0)  # (B,) 1 / h; 0 where g is 0
             target = z + REFINE_STEP * (gap - inverse_curvature[:, None, None, None] * g)
-            moved = torch.where(parity == i % 2, target, moved)
+            moved = torch.where(second == i % 2, target, moved)
         return moved
 
     def reconstruct(self, z_q: torch.Tensor) -> torch.Tensor:
@@ -935,6 +1020,7 @@ def make_model(config: Config, quantizer: nn.Module | None = None) -> VQVAE:
     """The VQVAE that a Config describes, or the same around another quantizer. Seeded by config.seed."""
     torch.manual_seed(config.seed)
     quantizer = make_quantizer(config) if quantizer is None else quantizer
+    torch.manual_seed(config.seed)  # the networks start the same around any quantizer
     return VQVAE(quantizer, config.hidden_dim, config.latent_dim, config.downsample, config.res_blocks)
 
 
@@ -1193,10 +1279,14 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def codebook_metrics(histogram: torch.Tensor) -> dict[str, float]:
-    """Perplexity, usage and bits per index of a code histogram (K,)."""
+    """Perplexity, usage and bits per index of a code histogram (K,), or of one for each half of the latents, (2, K).
+
+    With two it is the entropy of an index whose half is known.
+    """
     histogram = histogram.cpu().double()  # Apple GPUs have no float64
     p = histogram / histogram.sum()
-    entropy = -torch.special.xlogy(p, p).sum().item()  # nats
+    halves = p.sum(-1)
+    entropy = (torch.special.xlogy(halves, halves).sum() - torch.special.xlogy(p, p).sum()).item()  # nats
     return {
         "perplexity": math.exp(entropy),
         "usage_rate": (histogram > 0).double().mean().item(),
@@ -1204,15 +1294,26 @@ def codebook_metrics(histogram: torch.Tensor) -> dict[str, float]:
     }
 
 
+def empty_histogram(model: VQVAE, codebook_size: int) -> torch.Tensor:
+    """Zeros for `count_codes`: (1, K) int64, or (2, K) where each half of the latents has codes of its own."""
+    codebooks = 2 if isinstance(model.quantizer, PredictiveQuantizer) else 1
+    return torch.zeros(codebooks, codebook_size, dtype=torch.int64, device=next(model.parameters()).device)
+
+
+def count_codes(histogram: torch.Tensor, indices: torch.Tensor) -> None:
+    """Add code indices (B, H, W) to a histogram (1, K) or (2, K), in place."""
+    if len(histogram) == 2:
+        indices = indices + histogram.shape[1] * checkerboard(indices.shape[1:], indices.device)
+    histogram.view(-1).scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))
+
+
 @torch.no_grad()
 def code_histogram(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size: int = 500) -> torch.Tensor:
-    """How often each code is the nearest over images uint8 (N, S, S, 3): (K,) int64. Eval mode, float32."""
-    device = next(model.parameters()).device
-    histogram = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+    """How often each code is the nearest over images uint8 (N, S, S, 3), as `empty_histogram`. Eval mode, float32."""
+    histogram = empty_histogram(model, codebook_size)
     with eval_mode(model):
         for batch in images.split(batch_size):
-            indices = model.encode(to_float(batch.to(device))).flatten()
-            histogram.scatter_add_(0, indices, torch.ones_like(indices))
+            count_codes(histogram, model.encode(to_float(batch.to(histogram.device))))
     return histogram
 
 
@@ -1223,11 +1324,11 @@ def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size:
 
     Eval mode, hard indices, pooled over all images. dtype: autocast type of the networks. refine: passes of VQVAE.refined
     before the nearest codes are taken; quantization_error and commitment_loss are then of the refined latents. histogram:
-    zeros (K,) int64 in which to leave how often each code was chosen.
+    of `empty_histogram`, in which to leave how often each code was chosen.
     """
     device = next(model.parameters()).device
     luma = torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)  # BT.601
-    histogram = torch.zeros(codebook_size, dtype=torch.int64, device=device) if histogram is None else histogram
+    histogram = empty_histogram(model, codebook_size) if histogram is None else histogram
     rows = []  # per image: squared 8-bit error, squared luma error, ssim, float mse
     latent_rows = []  # per batch, weighted: quantizer loss, squared distance per vector
     with eval_mode(model):
@@ -1244,8 +1345,7 @@ def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size:
                                      (y - x).square().mean((1, 2, 3))], 1))  # (B, 4)
             distance = (z.float() - z_q.float()).square().sum(1).mean()
             latent_rows.append(torch.stack([loss.float(), distance]) * len(x))
-            indices = indices.flatten()
-            histogram.scatter_add_(0, indices, torch.ones_like(indices))
+            count_codes(histogram, indices)
     per_image = torch.cat(rows).cpu().double()  # (N, 4)
     loss, distance = (torch.stack(latent_rows).cpu().double().sum(0) / len(images)).tolist()
     mse = per_image[:, 0].mean()
@@ -1397,7 +1497,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 def stored_config(values: dict) -> Config:
     """The Config of a run of any version, less the `whitening` of version 2. Raises UserError, or TypeError for no dict."""
-    values = {**values}
+    values = {"prediction": "none", **values}
     values.pop("whitening", None)
     return Config.from_dict(values)
 
@@ -1516,13 +1616,13 @@ def reconstruction_picture(model, images, title, path, refine=0):
 
 
 def usage_picture(histogram, title, path):
-    """PNG: sorted share of each code (K,), log axis, against uniform use."""
-    share = np.sort(histogram.cpu().double().numpy())[::-1] / histogram.sum().item()
+    """PNG: sorted share of each code, log axis, against uniform use, of a histogram as `empty_histogram`."""
+    share = np.sort(histogram.cpu().double().flatten().numpy())[::-1] / histogram.sum().item()
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.step(np.arange(1, len(share) + 1), np.where(share > 0, share, np.nan), where="mid", color="#0072B2",
               label="share of indices")
-    axes.axhline(1 / len(share), color="#D55E00", linestyle="--", label="uniform use, 1/K")
+    axes.axhline(1 / len(share), color="#D55E00", linestyle="--", label="uniform use")
     axes.set(yscale="log", xlabel="code, sorted by use", ylabel="share of test indices", title=title,
              xlim=(0, len(share) + 1))
     low, high = share[share > 0].min(), share.max()
@@ -1736,7 +1836,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
                 x = to_float(train_set[batch])  # (B, 3, S, S)
                 losses[i], indices = train_step(model, optimizer, x, dtype, quantize=step >= warmup_steps)
                 if indices is not None:
-                    histogram.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))
+                    count_codes(histogram, indices)
                 step += 1
                 signum = signals.agreed(step)
                 if step % 100 == 0 or signum:
@@ -1769,7 +1869,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
 
 
 def restore(config, folder, model, optimizer, steps_per_epoch):
-    """Continue from the newest checkpoint, if any: (step, this epoch's losses (steps, 2), code histogram (K,), seconds).
+    """Continue from the newest checkpoint, if any: (step, this epoch's losses (steps, 2), code histogram, seconds).
 
     Raises UserError where the checkpoint is damaged or the data set has changed its size.
     """
@@ -1782,7 +1882,7 @@ def restore(config, folder, model, optimizer, steps_per_epoch):
     device = next(model.parameters()).device
     step, seconds = 0, 0.0
     losses = torch.zeros(steps_per_epoch, 2, device=device)  # reconstruction, quantizer
-    histogram = torch.zeros(config.codebook_size, dtype=torch.int64, device=device)  # of hard codes
+    histogram = empty_histogram(model, config.codebook_size)
     saved = checkpoints(folder)
     if saved:
         state = read_checkpoint(saved[-1])
@@ -1855,7 +1955,7 @@ def report_epoch(config, folder, record, timing, wandb_run):
 def finish_run(config, folder, model, train_set, test_set):
     """Test the trained model once and write final_model.pt, the pictures and, last, final_metrics.json."""
     say(f"testing on {len(test_set)} images")
-    histogram = torch.zeros(config.codebook_size, dtype=torch.int64, device=train_set.device)
+    histogram = empty_histogram(model, config.codebook_size)
     metrics = evaluate(model, test_set, config.codebook_size, histogram=histogram)
     on_train = codebook_metrics(code_histogram(model, train_set, config.codebook_size))
     metrics.update({"usage_rate_train": on_train["usage_rate"], "perplexity_train": on_train["perplexity"]})
@@ -1863,7 +1963,7 @@ def finish_run(config, folder, model, train_set, test_set):
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     metrics["seed"] = config.seed
     metrics["config"] = config.to_dict()
-    if type(model.quantizer) not in (VQEMAQuantizer, BAQuantizer):
+    if type(model.quantizer) not in (VQEMAQuantizer, BAQuantizer, PredictiveQuantizer):
         metrics["peer"] = type(model.quantizer).__name__  # and not what the config says
     state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict()}
     atomic_write(folder / "final_model.pt", lambda file: torch.save(state, file))

@@ -34,10 +34,14 @@ import vqvae  # noqa: E402
 
 CLASSICAL = ["--quantizer", "vq_ema", "--vq_recipe", "classical"]
 NO_WARMUP, NO_RESTARTS = ["--warmup_fraction", "0"], ["--restart_threshold", "0"]
+PREDICTION = ["--prediction", "checkerboard"]
 METHODS = {
     "vq_ema_classical": CLASSICAL,
     "vq_ema": ["--quantizer", "vq_ema"],
     **{f"ba_vq_lambda{w:g}": ["--quantizer", "ba_vq", "--entropy_weight", str(w)] for w in (0, 1, 3, 10, 30, 100, 300, math.inf)},
+    "vq_ema_predictive": ["--quantizer", "vq_ema", *PREDICTION],
+    **{f"ba_vq_lambda{w:g}_predictive": ["--quantizer", "ba_vq", "--entropy_weight", str(w), *PREDICTION]
+       for w in (10, 30, 100, math.inf)},
     # One factor at a time between the two recipes: what keeps the codes of a large codebook alive (FINDINGS.md).
     "vq_ema_classical_decay": [*CLASSICAL, "--ema_decay", "0.97475"],  # that of the tuned recipe at K = 16,384
     "vq_ema_classical_warmup": [*CLASSICAL, "--warmup_fraction", "0.1"],
@@ -72,8 +76,8 @@ def cell(method, size, dim, seed, extra):
     config, dry_run = train.config_from(flags)
     if dry_run:
         raise vqvae.UserError("dry_run: belongs to train.py; drop it here")
-    if method in peers.PEERS and config.metric != "euclid":
-        raise vqvae.UserError(f"metric: {method} has its own; drop the flag")
+    if method in peers.PEERS and (config.metric != "euclid" or config.prediction != "none"):
+        raise vqvae.UserError(f"metric, prediction: {method} knows neither; drop the flag")
     torch.manual_seed(seed)
     quantizer = peers.PEERS[method](config) if method in peers.PEERS else None
     return dataclasses.replace(config, name=run_name(method, size, dim, seed, config)), quantizer

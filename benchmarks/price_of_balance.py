@@ -11,7 +11,7 @@ is printed by direction of the latents, and by principal component of all that i
 Theory: at high resolution the squared error of codes with density g(x) is E[g^(-2/d)] up to a constant (Zador 1982, IEEE
 Trans. IT 28(2)). It is least for g ~ p^(d/(d+2)), p the density of the latents; cells of equal mass have g = p. For a Gaussian
 p the ratio of the two depends only on d, the number of live directions: vqvae.live_directions at log2 K bits.
-Writes results/price_of_balance.json. The runs need validation images and the euclid metric.
+Writes results/price_of_balance.json. The runs need validation images and the euclid metric, and no prediction.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def error_by_direction(model, images, probes=8):
     x = vqvae.to_float(images)
     with torch.no_grad():
         z = model.latents(x)
-        codes = model.quantizer.nearest(z).requires_grad_()  # (N, D, H, W)
+        codes = model.quantizer(z).z_q.requires_grad_()  # (N, D, H, W)
     with torch.enable_grad():
         y = model.reconstruct(codes)
         gradients = [torch.autograd.grad(y, codes, torch.randn_like(y), retain_graph=True)[0] for _ in range(probes)]
@@ -112,8 +112,8 @@ def price(path, weights, passes, seed):
     """The record of one run: theory, and VQ-EMA and BA-VQ fitted to its latents."""
     model, config = vqvae.load_model(path)
     train_images, val_images = vqvae.training_images(config)
-    if len(val_images) == 0 or config.metric != "euclid":
-        raise vqvae.UserError(f"{path}: needs a run with validation images (--val_size 5000) and the euclid metric")
+    if len(val_images) == 0 or config.metric != "euclid" or config.prediction != "none":
+        raise vqvae.UserError(f"{path}: needs a run with validation images (--val_size 5000), metric euclid and prediction none")
     with vqvae.eval_mode(model):
         z = torch.cat([analysis.latents_of(model, images) for images in train_images[:10000].split(500)])  # (N, D)
         plain = unquantized_psnr(model, val_images)

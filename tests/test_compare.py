@@ -124,7 +124,9 @@ def test_summary_by_hand(results, tiny_config):
 
 @pytest.mark.parametrize("words", [["--methods", "magic"], ["--seeds", "x"], ["--codebook_sizes", "512,"], ["--lr", "fast"],
                                    ["--jobs", "0"], ["--seed", "1"], ["--codebook_size=64"], ["--seeds", "0,-1"],
-                                   ["--codebook_sizes", "0"], ["--dry_run"], ["--methods", "cvq", "--metric", "cosine"],
+                                   ["--codebook_sizes", "0"], ["--dry_run"],
+                                   ["--methods", "cvq", "--metric", "cosine"],
+                                   ["--methods", "cvq", "--prediction", "checkerboard"],
                                    ["--methods", "vq_ema,lib_fsq", "--codebook_sizes", "500"]])
 def test_bad_words(words, results, capsys):
     assert vqvae.run_command(lambda: compare.main(words)) == 2

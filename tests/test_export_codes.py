@@ -80,7 +80,10 @@ def test_refined_codes_reconstruct_better(checkpoint, tmp_path, capsys):
 
 def test_bits_per_pixel_by_hand():
     indices = torch.tensor([[[0, 1], [2, 3]]])
-    assert export_codes.bits_per_pixel(indices, 5, 16) == pytest.approx({"fixed_length": 3 * 4 / 16, "entropy": 2 * 4 / 16})
+    for prediction, bits in (("none", 2), ("checkerboard", 1)):  # four codes; two in each half
+        model = vqvae.make_model(vqvae.Config(codebook_size=5, hidden_dim=4, latent_dim=2, prediction=prediction))
+        expected = {"fixed_length": 3 * 4 / 16, "entropy": bits * 4 / 16}
+        assert export_codes.bits_per_pixel(model, indices, 5, 16) == pytest.approx(expected)
 
 
 def test_bad_files_give_one_line(checkpoint, tmp_path, capsys):

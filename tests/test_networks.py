@@ -91,7 +91,7 @@ def refined_by_hand(model, x, passes):
     z = model.latents(x).detach()
     moved = z.clone()
     for i in range(passes):
-        e = model.quantizer.nearest(moved).requires_grad_()
+        e = model.quantizer(moved).z_q.requires_grad_()
         g, = torch.autograd.grad((model.reconstruct(e) - x).square().sum(), e)
         for b in range(len(x)):
             step = (e[b] - z[b]).norm() / g[b].norm()

@@ -52,8 +52,8 @@ class LinearAutoencoder:
         self.weight = (basis * torch.tensor([1.0, 3.0]))[:, :, None, None]  # (12, 2, 1, 1)
         self.quantizer = self
 
-    def nearest(self, z):
-        return z.round()
+    def __call__(self, z):
+        return vqvae.Quantized(z.round(), None, None)
 
     def reconstruct(self, codes):
         return torch.nn.functional.pixel_shuffle(torch.nn.functional.conv2d(codes, self.weight), 2)
@@ -121,7 +121,8 @@ def test_bad_input(flags, message):
 
 
 def test_runs_that_cannot_be_priced(tiny, tmp_path):
-    for name, changes in {"whole": dict(val_size=0, train_subset=None), "sphere": dict(metric="cosine")}.items():
+    for name, changes in {"whole": dict(val_size=0, train_subset=None), "sphere": dict(metric="cosine"),
+                          "predictive": dict(prediction="checkerboard")}.items():
         train_config = vqvae.Config(**tiny(name=name, epochs=1, **changes))
         vqvae.train(train_config)
         with pytest.raises(vqvae.UserError, match="validation images"):

@@ -53,7 +53,7 @@ def test_final_model_loads_alone(tiny_config):
     metrics = vqvae.train(config)
     model, loaded = vqvae.load_model(vqvae.Path(config.out_dir) / "tiny" / "final_model.pt")
     assert loaded == config
-    histogram = torch.zeros(16, dtype=torch.int64)
+    histogram = vqvae.empty_histogram(model, 16)
     again = vqvae.evaluate(model, vqvae.test_images(loaded), 16, histogram=histogram)
     assert torch.equal(histogram, vqvae.code_histogram(model, vqvae.test_images(loaded), 16))
     assert again == {key: metrics[key] for key in again}
