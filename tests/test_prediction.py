@@ -1,0 +1,209 @@
+"""PredictiveQuantizer: the second half of a checkerboard coded as differences from what the first half tells."""
+
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import analysis
+import vqvae
+from vqvae import BAQuantizer, Config, PredictiveQuantizer, VQEMAQuantizer
+
+
+def trained(kind=BAQuantizer, size=(5, 4), steps=3):
+    """A quantizer of 8 codes in 3 dimensions whose predictor is not zero, and latents (6, 3, H, W)."""
+    z = torch.randn(6, 3, *size)
+    quantizer = PredictiveQuantizer(kind(8, 3), kind(8, 3), hidden_dim=7).train()
+    for parameter in quantizer.predictor.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for _ in range(steps):
+        quantizer(z)
+    return quantizer, z
+
+
+def by_hand(quantizer, z):
+    """Codes (B, D, H, W) and indices (B, H, W), latent by latent."""
+    batch, dim, height, width = z.shape
+    codes, indices = torch.zeros_like(z), torch.zeros(batch, height, width, dtype=torch.int64)
+    places = [(i, j) for i in range(height) for j in range(width)]
+    conv, _, last = quantizer.predictor
+    for half in (0, 1):
+        known = codes.clone()
+        for b in range(batch):
+            for i, j in places:
+                if (i + j) % 2 != half:
+                    continue
+                predicted = torch.zeros(dim)
+                if half == 1:
+                    hidden = conv.bias.clone()
+                    for u, v in places:
+                        if abs(u - i) <= 2 and abs(v - j) <= 2:
+                            mark = torch.tensor([float((u + v) % 2 == 0)])
+                            hidden += conv.weight[:, :, u - i + 2, v - j + 2] @ torch.cat([known[b, :, u, v], mark])
+                    predicted = last.weight[:, :, 0, 0] @ hidden.relu() + last.bias
+                codebook = (quantizer.second if half else quantizer.first).codebook
+                k = (z[b, :, i, j] - predicted - codebook).square().sum(1).argmin()
+                codes[b, :, i, j], indices[b, i, j] = predicted + codebook[k], k
+    return codes.detach(), indices
+
+
+@pytest.mark.parametrize("size", [(5, 4), (1, 2), (2, 1), (1, 7)])
+@pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
+def test_codes_by_hand(kind, size):
+    quantizer, z = trained(kind, size)
+    codes, indices = by_hand(quantizer, z)
+    z_q, found, loss = quantizer.eval()(z)
+    assert torch.equal(found, indices) and torch.allclose(z_q, codes, atol=1e-5)
+    assert loss.item() == pytest.approx(0.25 * (z - codes).square().mean().item(), rel=1e-5)
+    assert torch.allclose(quantizer.codes(indices).permute(0, 3, 1, 2), codes, atol=1e-5)
+    assert (quantizer.first.codebook - quantizer.second.codebook).abs().max() > 0.1
+
+
+def test_training_step_sees_the_codes_from_before_it():
+    quantizer, z = trained()
+    expected = by_hand(quantizer, z)
+    z_q, indices, _ = quantizer.train()(z)
+    assert torch.equal(indices, expected[1]) and torch.allclose(z_q, expected[0], atol=1e-5)
+
+
+def test_gradients():
+    """Straight-through to every latent; the loss is the commitment's, and its gradient also the predictor's error."""
+    quantizer, z = trained()
+    z.requires_grad_()
+    codes, _ = by_hand(quantizer, z.detach())
+    before = copy.deepcopy(quantizer)
+    z_q, _, loss = quantizer(z)
+    weights = torch.randn_like(z)
+    through, = torch.autograd.grad((z_q * weights).sum(), z, retain_graph=True)
+    assert torch.equal(through, weights)
+    assert loss.item() == pytest.approx(0.25 * F.mse_loss(z, codes).item(), rel=1e-4)
+    gradients = torch.autograd.grad(loss, [z, *quantizer.predictor.parameters()])
+    assert torch.allclose(gradients[0], 0.25 * 2 * (z - codes) / z.numel(), atol=1e-6)
+    second = vqvae.checkerboard(z.shape[2:], z.device)
+    known = torch.where(second, 0, codes).permute(0, 2, 3, 1)
+    error = F.mse_loss(before.predict(known, second), z.detach().permute(0, 2, 3, 1)[:, second])
+    for got, wanted in zip(gradients[1:], torch.autograd.grad(error, list(before.predictor.parameters()))):
+        assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_it_learns_what_neighbours_tell():
+    """The second half lies between its neighbours; once the predictor knows, its codes are much finer than the first half's."""
+    torch.manual_seed(1)
+    quantizer = PredictiveQuantizer(BAQuantizer(16, 2), BAQuantizer(16, 2)).train()
+    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=3e-3)
+    second = vqvae.checkerboard((8, 8), "cpu")
+    cross = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]]).expand(2, 1, 3, 3)
+    neighbours = F.conv2d((~second).expand(1, 2, 8, 8).float(), cross, padding=1, groups=2)
+    for step in range(400):
+        z = torch.where(second, 0, torch.randn(32, 2, 8, 8))
+        around = F.conv2d(z, cross, padding=1, groups=2) / neighbours
+        z = torch.where(second, around, z) + 0.02 * torch.randn_like(z)
+        quantizer.set_progress(step / 400)
+        z_q, _, loss = quantizer(z)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    error = (z - z_q).square().mean((0, 1))
+    spread = z[:, :, second].square().mean()
+    assert error[second].mean() < 0.2 * error[~second].mean()
+    assert error[second].mean() < 0.4 * spread / 16  # the least that 16 codes leave of Gaussian latents in two dimensions
+
+
+def test_eval_changes_no_state_and_state_comes_back():
+    quantizer, z = trained()
+    before = copy.deepcopy(quantizer.eval().state_dict())
+    expected = quantizer(z)
+    assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items() if torch.is_tensor(value))
+    other = PredictiveQuantizer(BAQuantizer(8, 3), BAQuantizer(8, 3), hidden_dim=7).eval()
+    assert not other.initialized
+    other.load_state_dict(before)
+    assert other.initialized and torch.equal(other(z).z_q, expected.z_q)
+
+
+def test_progress_reaches_both():
+    quantizer, _ = trained()
+    quantizer.set_progress(1.0)
+    assert quantizer.first.temperature.item() == quantizer.second.temperature.item() == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 4, 5, 5), (2, 3, 1, 1), (0, 3, 4, 4), (2, 3, 4)])
+def test_wrong_shapes(shape):
+    with pytest.raises(ValueError, match="expected"):
+        trained()[0](torch.randn(shape))
+
+
+@pytest.mark.parametrize("second", [BAQuantizer(9, 3), BAQuantizer(8, 4), BAQuantizer(8, 3, metric="cosine")])
+def test_quantizers_that_do_not_fit(second):
+    with pytest.raises(ValueError, match="same codebook_size"):
+        PredictiveQuantizer(BAQuantizer(8, 3), second)
+
+
+def test_half_precision_and_float32_inside():
+    quantizer, z = trained()
+    expected = quantizer.eval()(z.bfloat16().float())
+    with torch.autocast("cpu", torch.bfloat16):
+        z_q, indices, loss = quantizer(z.bfloat16())
+    assert z_q.dtype == torch.bfloat16 and loss.dtype == torch.float32 and torch.equal(indices, expected.indices)
+
+
+def test_counts_and_metrics_of_two_codebooks():
+    model = vqvae.make_model(Config(codebook_size=4, hidden_dim=4, latent_dim=2, prediction="checkerboard"))
+    histogram = vqvae.empty_histogram(model, 4)
+    vqvae.count_codes(histogram, torch.tensor([[[0, 3], [3, 1]], [[2, 3], [3, 3]]]))
+    assert histogram.tolist() == [[1, 1, 1, 1], [0, 0, 0, 4]]
+    # the first half's codes tell 2 bits, the second half's none; pooled over halves it would be 5 bits in 8 codes
+    metrics = vqvae.codebook_metrics(histogram)
+    assert metrics == pytest.approx({"perplexity": 2.0, "usage_rate": 5 / 8, "bits_per_index": 1.0})
+
+
+def test_the_networks_start_the_same_with_and_without():
+    config = Config(codebook_size=8, hidden_dim=8, latent_dim=2)
+    plain, predictive = (vqvae.make_model(dataclasses.replace(config, prediction=p)) for p in ("none", "checkerboard"))
+    for name in ("encoder", "decoder"):
+        pairs = zip(getattr(plain, name).parameters(), getattr(predictive, name).parameters())
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_codebook_sees_half_of_the_vectors():
+    decays = {p: Config(codebook_size=4096, prediction=p).ema_decay for p in ("none", "checkerboard")}
+    assert decays["none"] == pytest.approx(1 - math.sqrt(2) / 28, abs=1e-4)
+    assert decays["checkerboard"] == pytest.approx(1 - 1 / 28, abs=1e-4)
+
+
+@pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
+def test_a_run_from_training_to_pictures(tiny_config, quantizer):
+    config = tiny_config(quantizer=quantizer, prediction="checkerboard")
+    metrics = vqvae.train(config)
+    folder = Path(config.out_dir) / "tiny"
+    assert "peer" not in metrics and metrics["usage_rate"] <= 1 and metrics["perplexity"] <= 16
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < lines[-1]["train_usage_rate"] <= 1 and 1 < lines[-1]["val_perplexity"] <= 16
+    model, loaded = vqvae.load_model(folder / "final_model.pt")
+    images = vqvae.test_images(loaded)
+    again = vqvae.evaluate(model, images, 16)
+    assert loaded == config and again == pytest.approx({key: metrics[key] for key in again}, rel=1e-5)
+    with torch.no_grad():
+        x = vqvae.to_float(images)
+        assert torch.allclose(model.decode(model.encode(x)), model(x).images.clamp(0, 1), atol=1e-5)
+        assert vqvae.evaluate(model, images, 16, refine=1)["psnr"] != metrics["psnr"]
+    records, models, histograms, images = analysis.open_runs([folder])
+    assert histograms[0].shape == (2, 16) and records[0]["method"].endswith("predictive")
+    for figure in (analysis.usage_histograms(records, histograms), analysis.codes_and_latents(records, models, images),
+                   analysis.cell_sizes(records, models, images)):
+        analysis.save_figure(figure, folder / "figure.png")
+    assert len(analysis.latents_of(models[0], images)) == len(images) * 4 * 4 / 2
+
+
+def test_a_checkpoint_from_before_it_existed(tiny_config):
+    config = tiny_config()
+    vqvae.train(config)
+    path = Path(config.out_dir) / "tiny" / "final_model.pt"
+    state = torch.load(path, weights_only=True)
+    del state["config"]["prediction"]
+    torch.save(state, path)
+    assert vqvae.load_model(path)[1] == dataclasses.replace(config, prediction="none")
