@@ -459,6 +459,7 @@ if __name__ == "__main__":
     half = slice(8 * vqvae.rank(), 8 * vqvae.rank() + 8)
     cases, x = torch.load(sys.argv[1])
     torch.save([step_of(settings, x, half) for settings in cases], f"{sys.argv[1]}.{vqvae.rank()}")
+    vqvae.dist.destroy_process_group()  # as run_command does; without, the exit now and then aborts
 """
 
 
@@ -466,7 +467,7 @@ def test_gradients_and_codebook_of_two_machines_equal_those_of_one(tiny, tmp_pat
     """Two torchrun commands, as on two machines, with half of the batch each; the ranks agree bit for bit."""
     script, data = tmp_path / "one_step.py", tmp_path / "data.pt"
     script.write_text(ONE_STEP)
-    cases = [tiny(quantizer="vq_ema"), tiny(quantizer="ba_vq")]
+    cases = [tiny(quantizer="vq_ema"), tiny(quantizer="ba_vq"), tiny(prediction="checkerboard")]
     x = torch.rand(16, 3, 16, 16)
     torch.save((cases, x), data)
     with socket.socket() as free:
@@ -486,7 +487,7 @@ def test_gradients_and_codebook_of_two_machines_equal_those_of_one(tiny, tmp_pat
         for one, two, whole in zip(first, second, alone):
             for name in whole:
                 assert torch.equal(one[name], two[name]), name
-                assert torch.allclose(one[name], whole[name], rtol=1e-3, atol=1e-5), name
+                assert (one[name] - whole[name]).abs().max() <= 1e-5 * max(1, whole[name].abs().max()), name
 
 
 def test_warm_up_trains_without_codes(tiny_config, capsys):
