@@ -85,7 +85,7 @@ def _key(record, *without):
 def _setting(record, *without):
     """What two runs must share to be compared: everything but the quantizer's own settings."""
     return _key(record, "quantizer", "vq_recipe", "restart_threshold", "warmup_fraction", "entropy_weight", "temperature_start",
-                "temperature_end", "anneal_fraction", "ba_iters", "ema_decay", *without)
+                "temperature_end", "anneal_fraction", "ba_iters", "ema_decay", "prediction", *without)
 
 
 def _groups(records, key):

@@ -127,8 +127,9 @@ class Config:
     anneal_fraction: float = option(0.5, "ba_vq: fraction of training after the warm-up over which the temperature falls",
                                     low=0, high=1)
     ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
-    prediction: str = option("none", "'checkerboard': every second latent is coded as the difference from what the codes "
-                             "around it tell, with codes of its own", choices=("none", "checkerboard"))
+    prediction: Optional[str] = option(None, "'checkerboard': every second latent is coded as the difference from what the codes "
+                                       "around it tell, with codes of its own (default: ba_vq with euclid so, else none)",
+                                       choices=("none", "checkerboard"))
     # training
     warmup_fraction: Optional[float] = option(None, "fraction of training before the quantizer joins in "
                                               "(default 0.1; vq_ema classical 0)", low=0, high=0.9)
@@ -161,6 +162,9 @@ class Config:
             raise UserError(f"image_size: {self.image_size} is not divisible by downsample {self.downsample}")
         if self.metric == "cosine" and self.latent_dim == 1:
             raise UserError("metric: cosine in one dimension knows only two directions; raise latent_dim or use euclid")
+        if self.prediction is None:
+            possible = self.quantizer == "ba_vq" and self.metric == "euclid" and self.image_size > self.downsample
+            object.__setattr__(self, "prediction", "checkerboard" if possible else "none")
         if self.prediction != "none" and self.metric == "cosine":
             raise UserError("prediction: differences have lengths, which cosine does not compare; use metric euclid")
         if self.prediction != "none" and self.image_size == self.downsample:
@@ -1480,7 +1484,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQ
     load_state(model, state, path)
     if not model.quantizer.initialized:
         raise UserError(f"{path}: was saved during the warm-up, before there were codes; take a later checkpoint")
-    return model.to(device).eval(), config
+    return model.to(device).to(memory_format=memory_format(torch.device(device))).eval(), config  # as in training: the same bits
 
 
 def _checkpoint_key(path):

@@ -34,21 +34,21 @@ import vqvae  # noqa: E402
 
 CLASSICAL = ["--quantizer", "vq_ema", "--vq_recipe", "classical"]
 NO_WARMUP, NO_RESTARTS = ["--warmup_fraction", "0"], ["--restart_threshold", "0"]
-PREDICTION = ["--prediction", "checkerboard"]
+BA, NO_PREDICTION = ["--quantizer", "ba_vq", "--entropy_weight"], ["--prediction", "none"]
 METHODS = {
     "vq_ema_classical": CLASSICAL,
     "vq_ema": ["--quantizer", "vq_ema"],
-    **{f"ba_vq_lambda{w:g}": ["--quantizer", "ba_vq", "--entropy_weight", str(w)] for w in (0, 1, 3, 10, 30, 100, 300, math.inf)},
-    "vq_ema_predictive": ["--quantizer", "vq_ema", *PREDICTION],
-    **{f"ba_vq_lambda{w:g}_predictive": ["--quantizer", "ba_vq", "--entropy_weight", str(w), *PREDICTION]
-       for w in (10, 30, 100, math.inf)},
+    **{f"ba_vq_lambda{w:g}": [*BA, str(w), *NO_PREDICTION] for w in (0, 1, 3, 10, 30, 100, 300, math.inf)},
+    **{f"ba_vq_lambda{w:g}_predictive": [*BA, str(w)] for w in (10, 30, 100, math.inf)},
+    "vq_ema_predictive": ["--quantizer", "vq_ema", "--prediction", "checkerboard"],
     # One factor at a time between the two recipes: what keeps the codes of a large codebook alive (FINDINGS.md).
     "vq_ema_classical_decay": [*CLASSICAL, "--ema_decay", "0.97475"],  # that of the tuned recipe at K = 16,384
     "vq_ema_classical_warmup": [*CLASSICAL, "--warmup_fraction", "0.1"],
-    **{f"{name}_no_warmup": ["--quantizer", name, *NO_WARMUP] for name in ("vq_ema", "ba_vq")},
-    **{f"{name}_no_restarts": ["--quantizer", name, *NO_RESTARTS] for name in ("vq_ema", "ba_vq")},
-    **{f"{name}_no_warmup_no_restarts": ["--quantizer", name, *NO_WARMUP, *NO_RESTARTS] for name in ("vq_ema", "ba_vq")},
-    "ba_vq_lambda1_no_warmup": ["--quantizer", "ba_vq", "--entropy_weight", "1", *NO_WARMUP],  # no prior; it has no restarts
+    **{f"{name}_no_warmup": ["--quantizer", name, *NO_WARMUP, *NO_PREDICTION] for name in ("vq_ema", "ba_vq")},
+    **{f"{name}_no_restarts": ["--quantizer", name, *NO_RESTARTS, *NO_PREDICTION] for name in ("vq_ema", "ba_vq")},
+    **{f"{name}_no_warmup_no_restarts": ["--quantizer", name, *NO_WARMUP, *NO_RESTARTS, *NO_PREDICTION]
+       for name in ("vq_ema", "ba_vq")},
+    "ba_vq_lambda1_no_warmup": [*BA, "1", *NO_WARMUP, *NO_PREDICTION],  # no prior; it has no restarts
     # peers.py builds these; the flags are their settings of the loop (LOG.md).
     **{name: ["--quantizer", "vq_ema"] for name in peers.PEERS},
     **{name: ["--quantizer", "vq_ema", *NO_WARMUP] for name in ("lib_simvq", "lib_fsq", "lib_lfq", "sq_vae")},

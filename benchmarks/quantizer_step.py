@@ -97,7 +97,7 @@ def make_step(method, k, d, z):
     if z.device.type == "cpu":
         vqvae.keep_freed_memory()
     config = vqvae.Config(quantizer="ba_vq" if method.startswith("ba_vq") else "vq_ema", codebook_size=k, latent_dim=d,
-                          batch_size=len(z))
+                          batch_size=len(z), prediction="none")
     torch.manual_seed(0)
     make = peers.PEERS.get(method, vqvae.make_quantizer)
     quantizer = (peers.ema(config, kmeans_init=False) if method == "lib_ema" else make(config)).to(z.device).train()

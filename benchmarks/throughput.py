@@ -155,7 +155,8 @@ def parse(argv):
     options, words = parser.parse_known_args(argv)
     if options.steps < 1 or options.rounds < 1:
         raise vqvae.UserError("steps and rounds must be at least 1")
-    return options, train.config_from(["--latent_dim", "256", "--batch_size", "256", *words, "--no_wandb"])[0]
+    full_size = ["--latent_dim", "256", "--batch_size", "256", "--prediction", "none"]
+    return options, train.config_from([*full_size, *words, "--no_wandb"])[0]
 
 
 def main(argv=None):

@@ -76,7 +76,7 @@ def test_error_by_direction_of_a_linear_decoder(monkeypatch):
 
 def test_prices_of_a_run(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(price_of_balance, "RESULTS", tmp_path / "price.json")
-    config = vqvae.Config(**tiny())
+    config = vqvae.Config(**tiny(prediction="none"))
     vqvae.train(config)
     folder = tmp_path / "experiments" / "tiny"
     before = (folder / "final_model.pt").read_bytes()
@@ -99,7 +99,7 @@ def test_prices_of_a_run(tiny, tmp_path, monkeypatch, capsys):
 
 def test_a_run_of_two_directions_has_no_price_in_theory(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(price_of_balance, "RESULTS", tmp_path / "price.json")
-    vqvae.train(vqvae.Config(**tiny(epochs=1, latent_dim=2)))
+    vqvae.train(vqvae.Config(**tiny(epochs=1, latent_dim=2, prediction="none")))
     price_of_balance.main([str(tmp_path / "experiments" / "tiny"), "--entropy_weights", "1", "--passes", "1"])
     record, = json.loads((tmp_path / "price.json").read_text())
     assert record["theory_distortion"] is None and "no finite factor" in capsys.readouterr().out

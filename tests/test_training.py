@@ -214,7 +214,7 @@ def test_a_run_of_an_earlier_version_is_not_taken_for_one_of_this(tiny_config, w
 
 @pytest.mark.parametrize("over", [True, False])
 def test_a_whitened_model_loads_once_its_distance_is_euclidean(tiny_config, over):
-    config = tiny_config()
+    config = tiny_config(prediction="none")
     vqvae.train(config)
     path = vqvae.Path(config.out_dir) / config.name / "final_model.pt"
     state = torch.load(path, weights_only=True)
