@@ -307,8 +307,9 @@ def test_runs_of_earlier_versions_are_compared_too(tiny_config):
         folder.mkdir(parents=True)
         vqvae.write_json(folder / "final_metrics.json", {**metrics, "config": config.to_dict()})
     old = {**tiny_config(name="old", entropy_weight="inf").to_dict(), "whitening": 1.0}
+    del old["prediction"]
     (folder.parent / "old").mkdir()
     vqvae.write_json(folder.parent / "old" / "final_metrics.json", {**metrics, "config": old})
     records = analysis.load_runs(analysis.find_runs(folder.parent))
-    assert [r["method"] for r in records] == ["BA-VQ λ=10", "BA-VQ λ=inf", "VQ-EMA tuned"]
+    assert [r["method"] for r in records] == ["BA-VQ λ=10 predictive", "BA-VQ λ=inf", "VQ-EMA tuned"]
     assert len(analysis.differences(records)) == 2
