@@ -32,7 +32,7 @@ COLUMNS = [("psnr", "PSNR dB", "{:.2f}"), ("ssim", "SSIM", "{:.4f}"), ("perplexi
            ("bits_per_index", "bits/index", "{:.3f}")]
 DIFFERENCES = [("psnr", "PSNR dB", "{:+.3f}"), ("ssim", "SSIM", "{:+.4f}"), ("perplexity", "perplexity", "{:+.1f}"),
                ("usage_rate", "usage", "{:+.1%}"), ("bits_per_index", "bits/index", "{:+.3f}")]
-IN_METHOD = ("quantizer", "vq_recipe", "entropy_weight", "metric")  # what method() tells
+IN_METHOD = ("quantizer", "vq_recipe", "entropy_weight", "metric", "prediction")  # what method() tells
 
 
 def load_runs(folders):
@@ -85,7 +85,7 @@ def _key(record, *without):
 def _setting(record, *without):
     """What two runs must share to be compared: everything but the quantizer's own settings."""
     return _key(record, "quantizer", "vq_recipe", "restart_threshold", "warmup_fraction", "entropy_weight", "temperature_start",
-                "temperature_end", "anneal_fraction", "ba_iters", "ema_decay", "prediction", *without)
+                "temperature_end", "anneal_fraction", "ba_iters", "ema_decay", *without)
 
 
 def _groups(records, key):
@@ -283,8 +283,8 @@ def usage_histograms(records, histograms):
                    f"{perplexity / histogram.shape[-1]:.2f}"}
         axes.plot((np.arange(len(share)) + 0.5) / len(share), np.where(share > 0, share, np.nan), **options)
     axes.axhline(1, color="0.5", linewidth=1)
-    axes.set(yscale="log", xlim=(0, 1), ylim=(lowest, highest), xlabel="codes, sorted by use (fraction of K)",
-             ylabel="use on the test set, relative to 1/K")
+    axes.set(yscale="log", xlim=(0, 1), ylim=(lowest, highest), xlabel="codes, sorted by use (fraction of all)",
+             ylabel="use on the test set, relative to even use")
     axes.yaxis.set_major_formatter("{x:g}")
     return _finish(figure)
 
@@ -375,8 +375,8 @@ def latents_of(model, images):
     with torch.no_grad():
         z = model.latents(vqvae.to_float(images)).permute(0, 2, 3, 1)  # (B, H, W, D)
     if isinstance(model.quantizer, vqvae.PredictiveQuantizer):
-        z = z[:, ~vqvae.checkerboard(z.shape[1:3], z.device), None]  # (B, n, 1, D)
-    return z.flatten(0, 2)
+        z, _ = vqvae.split_halves(z)  # (B, n, D)
+    return z.flatten(0, -2)
 
 
 def codes_and_latents(records, models, images):

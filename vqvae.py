@@ -5,8 +5,8 @@
     torchrun --standalone --nproc_per_node 4 train.py --quantizer ba_vq --name ba_vq_4gpu
 
 One module, in reading order: configuration, networks, the textbook Blahut-Arimoto algorithm,
-the quantizers (VQ-EMA, the baseline; BA-VQ, the streaming Blahut-Arimoto quantizer), the
-autoencoder, data, metrics, run folders and checkpoints, training. CODE_OVERVIEW.md is the guide.
+the quantizers (VQ-EMA, the baseline; BA-VQ, the streaming Blahut-Arimoto quantizer; prediction for
+either), the autoencoder, data, metrics, run folders and checkpoints, training. CODE_OVERVIEW.md is the guide.
 
 Sources, cited below by name:
     van den Oord 2017   Neural Discrete Representation Learning, arXiv 1711.00937
@@ -128,7 +128,7 @@ class Config:
                                     low=0, high=1)
     ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
     prediction: Optional[str] = option(None, "'checkerboard': every second latent is coded as the difference from what the codes "
-                                       "around it tell, with codes of its own (default: ba_vq with euclid so, else none)",
+                                       "around it tell, with codes of its own (default: so; cosine, vq_ema classical: none)",
                                        choices=("none", "checkerboard"))
     # training
     warmup_fraction: Optional[float] = option(None, "fraction of training before the quantizer joins in "
@@ -162,9 +162,10 @@ class Config:
             raise UserError(f"image_size: {self.image_size} is not divisible by downsample {self.downsample}")
         if self.metric == "cosine" and self.latent_dim == 1:
             raise UserError("metric: cosine in one dimension knows only two directions; raise latent_dim or use euclid")
+        classical = self.quantizer == "vq_ema" and self.vq_recipe == "classical"
         if self.prediction is None:
-            possible = self.quantizer == "ba_vq" and self.metric == "euclid" and self.image_size > self.downsample
-            object.__setattr__(self, "prediction", "checkerboard" if possible else "none")
+            without = classical or self.metric == "cosine" or self.image_size == self.downsample
+            object.__setattr__(self, "prediction", "none" if without else "checkerboard")
         if self.prediction != "none" and self.metric == "cosine":
             raise UserError("prediction: differences have lengths, which cosine does not compare; use metric euclid")
         if self.prediction != "none" and self.image_size == self.downsample:
@@ -172,7 +173,6 @@ class Config:
         if self.ema_decay is None:
             object.__setattr__(self, "ema_decay", default_ema_decay(self))
         if self.warmup_fraction is None:
-            classical = self.quantizer == "vq_ema" and self.vq_recipe == "classical"
             object.__setattr__(self, "warmup_fraction", 0.0 if classical else 0.1)
 
     @classmethod
@@ -824,6 +824,22 @@ def checkerboard(size, device):
     return (rows[:, None] + columns) % 2 == 1
 
 
+def _halves(size, device):
+    """Places (H W,) in the flattened grid, the first half's before the second's; sizes known without waiting for a GPU."""
+    return checkerboard(size, device).flatten().int().argsort(stable=True)
+
+
+def split_halves(grid: torch.Tensor) -> list[torch.Tensor]:
+    """[first half (B, n, ...), second half (B, m, ...)] of a grid (B, H, W, ...), as `checkerboard` has them."""
+    places = _halves(grid.shape[1:3], grid.device)
+    return list(grid.flatten(1, 2).index_select(1, places).split([(len(places) + 1) // 2, len(places) // 2], 1))
+
+
+def join_halves(first: torch.Tensor, second: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """The grid (B, H, W, ...) of size (H, W) that `split_halves` splits into (B, n, ...) and (B, m, ...)."""
+    return torch.cat([first, second], 1).index_select(1, _halves(size, first.device).argsort()).unflatten(1, size)
+
+
 class PredictiveQuantizer(nn.Module):
     """Two quantizers for the halves of a checkerboard: the second codes what the codes of the first do not tell.
 
@@ -860,18 +876,20 @@ class PredictiveQuantizer(nn.Module):
         self.first.set_progress(progress)
         self.second.set_progress(progress)
 
-    def predict(self, known: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """The second half's latents, (B, n, D), from codes known (B, H, W, D), 0 where second (H, W) is True."""
-        coded = (~second).to(known).expand(len(known), 1, -1, -1)  # (B, 1, H, W), by which borders tell themselves from zeros
-        return self.predictor(torch.cat([known.permute(0, 3, 1, 2), coded], 1)).permute(0, 2, 3, 1)[:, second]
+    def predict(self, codes: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """Latents of the second half (B, m, D) as codes of the first (B, n, D) tell them, in a grid of `size`. In float32."""
+        known = F.pad(codes, (0, 1), value=1.0)  # (B, n, D + 1): the 1 tells codes from what is unknown or outside
+        unknown = known.new_zeros(len(codes), size[0] * size[1] - codes.shape[1], self.dim + 1)
+        grid = join_halves(known, unknown, size).permute(0, 3, 1, 2)  # (B, D + 1, H, W)
+        with torch.autocast(codes.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return split_halves(self.predictor(grid).permute(0, 2, 3, 1))[1]
 
+    @torch.no_grad()
     def codes(self, indices: torch.Tensor) -> torch.Tensor:
-        """Look up codes: indices (B, H, W) int64 -> (B, H, W, D), predictions included."""
-        second = checkerboard(indices.shape[1:], indices.device)  # (H, W)
-        codes = self.codebook.new_zeros(*indices.shape, self.dim)
-        codes[:, ~second] = self.first.codes(indices[:, ~second])
-        codes[:, second] = self.predict(codes, second) + self.second.codes(indices[:, second])
-        return codes
+        """Look up codes: indices (B, H, W) int64 -> (B, H, W, D), predictions included; no gradient."""
+        first, second = split_halves(indices)
+        codes = self.first.codes(first)  # (B, n, D)
+        return join_halves(codes, self.predict(codes, indices.shape[1:]) + self.second.codes(second), indices.shape[1:])
 
     def forward(self, z: torch.Tensor) -> Quantized:
         """z (B, D, H, W) of two latents or more, any float dtype -> Quantized(z_q, indices, loss). Raises ValueError on others.
@@ -881,28 +899,27 @@ class PredictiveQuantizer(nn.Module):
         """
         if z.dim() != 4 or z.shape[1] != self.dim or z.shape[2] * z.shape[3] < 2 or len(z) == 0:
             raise ValueError(f"expected (B, {self.dim}, H, W) of two latents or more, not empty, got {tuple(z.shape)}")
-        second = checkerboard(z.shape[2:], z.device)  # (H, W)
-        with torch.autocast(z.device.type, enabled=False):
-            rows = z.permute(0, 2, 3, 1).float()  # (B, H, W, D)
-            z_q, indices = torch.zeros_like(rows), torch.empty(rows.shape[:3], dtype=torch.int64, device=z.device)
-            codes, index, loss = self.first(rows[:, ~second].flatten(0, 1))
-            z_q[:, ~second], indices[:, ~second] = codes.view(len(z), -1, self.dim), index.view(len(z), -1)
-            predicted = self.predict(z_q.detach(), second)  # (B, n, D)
-            base = predicted.detach()
-            codes, index, second_loss = self.second((rows[:, second] - base).flatten(0, 1))
-            z_q[:, second], indices[:, second] = base + codes.view_as(base), index.view(len(z), -1)
-            loss = torch.lerp(loss, second_loss, second.float().mean())  # of the mean over all latents
-            if self.training:
-                error = F.mse_loss(predicted, rows[:, second].detach())
-                loss = loss + (error - error.detach())
+        size = z.shape[2:]
+        first, second = split_halves(z.permute(0, 2, 3, 1).float())  # (B, n, D), (B, m, D)
+        first_codes, first_indices, first_loss = self.first(first.flatten(0, 1))
+        first_codes = first_codes.view_as(first)
+        predicted = self.predict(first_codes.detach(), size)  # (B, m, D)
+        second_codes, second_indices, second_loss = self.second((second - predicted.detach()).flatten(0, 1))
+        z_q = join_halves(first_codes, predicted.detach() + second_codes.view_as(second), size)  # (B, H, W, D)
+        indices = join_halves(first_indices.view(first.shape[:2]), second_indices.view(second.shape[:2]), size)
+        share = second.shape[1] / (size[0] * size[1])
+        loss = (1 - share) * first_loss + share * second_loss  # of the mean over all latents
+        if self.training:
+            error = F.mse_loss(predicted, second.detach())
+            loss = loss + (error - error.detach())
         return Quantized(z_q.permute(0, 3, 1, 2).to(z.dtype), indices, loss)
 
 
 def make_quantizer(config):
     """The quantizer that a Config describes."""
     if config.prediction == "checkerboard":
-        halved = dataclasses.replace(config, prediction="none")
-        return PredictiveQuantizer(make_quantizer(halved), make_quantizer(halved))
+        plain = dataclasses.replace(config, prediction="none")
+        return PredictiveQuantizer(make_quantizer(plain), make_quantizer(plain))
     common = (config.codebook_size, config.latent_dim, config.metric, config.ema_decay, config.commitment_weight,
               config.restart_threshold)
     if config.quantizer == "vq_ema":
@@ -988,7 +1005,7 @@ class VQVAE(nn.Module):
 
         moved = z
         for i in range(passes):
-            with eval_mode(self):
+            with eval_mode(self.quantizer):
                 codes = self.quantizer(moved).z_q  # (B, D, H, W)
             with torch.inference_mode(False), torch.enable_grad():
                 e = codes.clone().requires_grad_()
@@ -996,7 +1013,7 @@ class VQVAE(nn.Module):
             gap = codes - z
             inverse_curvature = (live_norm(gap) / live_norm(g)).nan_to_num(0, posinf=0)  # (B,) 1 / h; 0 where g is 0
             target = z + REFINE_STEP * (gap - inverse_curvature[:, None, None, None] * g)
-            moved = torch.where(second == i % 2, target, moved)
+            moved = torch.where(second if i % 2 else ~second, target, moved)
         return moved
 
     def reconstruct(self, z_q: torch.Tensor) -> torch.Tensor:
@@ -1500,7 +1517,10 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def stored_config(values: dict) -> Config:
-    """The Config of a run of any version, less the `whitening` of version 2. Raises UserError, or TypeError for no dict."""
+    """The Config of a run of any version: without the `whitening` of version 2, with no prediction from before there was one.
+
+    Raises UserError, or TypeError for no dict.
+    """
     values = {"prediction": "none", **values}
     values.pop("whitening", None)
     return Config.from_dict(values)
@@ -1543,7 +1563,7 @@ def check_run_folder(config):
         changes = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
         if changes:
             raise UserError(f"{folder}: holds a run of another config ({', '.join(changes)}); "
-                            "choose another --name or add --overwrite")
+                            "give the old settings, choose another --name or add --overwrite")
     return folder
 
 
@@ -1976,7 +1996,7 @@ def finish_run(config, folder, model, train_set, test_set):
     title = f"{config.name} (seed {config.seed}): perplexity {metrics['perplexity']:.0f} of {config.codebook_size}"
     usage_picture(histogram, title, folder / "codebook_usage.png")
     write_json(folder / "final_metrics.json", metrics)
-    if config.codebook_size > metrics["num_indices"] / 10:
+    if histogram.numel() > metrics["num_indices"] / 10:
         say(f"note: {metrics['num_indices']} test indices are few for {config.codebook_size} codes; usage and perplexity "
             "cannot reach K")
     say(f"{folder}: PSNR {metrics['psnr']:.2f} dB, perplexity {metrics['perplexity']:.1f} of {config.codebook_size}, "

@@ -34,25 +34,30 @@ import vqvae  # noqa: E402
 
 CLASSICAL = ["--quantizer", "vq_ema", "--vq_recipe", "classical"]
 NO_WARMUP, NO_RESTARTS = ["--warmup_fraction", "0"], ["--restart_threshold", "0"]
-BA, NO_PREDICTION = ["--quantizer", "ba_vq", "--entropy_weight"], ["--prediction", "none"]
+NO_PREDICTION = ["--prediction", "none"]
+VQ_EMA = ["--quantizer", "vq_ema", *NO_PREDICTION]
+
+
+def ba_vq(entropy_weight=10, prediction="none"):
+    return ["--quantizer", "ba_vq", "--entropy_weight", str(entropy_weight), "--prediction", prediction]
+
+
 METHODS = {
     "vq_ema_classical": CLASSICAL,
-    "vq_ema": ["--quantizer", "vq_ema"],
-    **{f"ba_vq_lambda{w:g}": [*BA, str(w), *NO_PREDICTION] for w in (0, 1, 3, 10, 30, 100, 300, math.inf)},
-    **{f"ba_vq_lambda{w:g}_predictive": [*BA, str(w)] for w in (10, 30, 100, math.inf)},
+    "vq_ema": VQ_EMA,
+    **{f"ba_vq_lambda{w:g}": ba_vq(w) for w in (0, 1, 3, 10, 30, 100, 300, math.inf)},
     "vq_ema_predictive": ["--quantizer", "vq_ema", "--prediction", "checkerboard"],
+    **{f"ba_vq_lambda{w:g}_predictive": ba_vq(w, "checkerboard") for w in (10, 30, 100, math.inf)},
     # One factor at a time between the two recipes: what keeps the codes of a large codebook alive (FINDINGS.md).
     "vq_ema_classical_decay": [*CLASSICAL, "--ema_decay", "0.97475"],  # that of the tuned recipe at K = 16,384
     "vq_ema_classical_warmup": [*CLASSICAL, "--warmup_fraction", "0.1"],
-    **{f"{name}_no_warmup": ["--quantizer", name, *NO_WARMUP, *NO_PREDICTION] for name in ("vq_ema", "ba_vq")},
-    **{f"{name}_no_restarts": ["--quantizer", name, *NO_RESTARTS, *NO_PREDICTION] for name in ("vq_ema", "ba_vq")},
-    **{f"{name}_no_warmup_no_restarts": ["--quantizer", name, *NO_WARMUP, *NO_RESTARTS, *NO_PREDICTION]
-       for name in ("vq_ema", "ba_vq")},
-    "ba_vq_lambda1_no_warmup": [*BA, "1", *NO_WARMUP, *NO_PREDICTION],  # no prior; it has no restarts
+    **{f"{name}{suffix}": [*flags, *more] for name, flags in (("vq_ema", VQ_EMA), ("ba_vq", ba_vq())) for suffix, more in (
+        ("_no_warmup", NO_WARMUP), ("_no_restarts", NO_RESTARTS), ("_no_warmup_no_restarts", [*NO_WARMUP, *NO_RESTARTS]))},
+    "ba_vq_lambda1_no_warmup": [*ba_vq(1), *NO_WARMUP],  # no prior; it has no restarts
     # peers.py builds these; the flags are their settings of the loop (LOG.md).
-    **{name: ["--quantizer", "vq_ema"] for name in peers.PEERS},
-    **{name: ["--quantizer", "vq_ema", *NO_WARMUP] for name in ("lib_simvq", "lib_fsq", "lib_lfq", "sq_vae")},
-    "lib_cosine": ["--quantizer", "vq_ema", "--commitment_weight", "2"],
+    **{name: VQ_EMA for name in peers.PEERS},
+    **{name: [*VQ_EMA, *NO_WARMUP] for name in ("lib_simvq", "lib_fsq", "lib_lfq", "sq_vae")},
+    "lib_cosine": [*VQ_EMA, "--commitment_weight", "2"],
 }
 RESULTS = ROOT / "results" / "compare"
 GAUSSIAN = ROOT / "results" / "gaussian_source.json"  # gaussian_source.py writes it
@@ -79,8 +84,8 @@ def cell(method, size, dim, seed, extra):
     config, dry_run = train.config_from(flags)
     if dry_run:
         raise vqvae.UserError("dry_run: belongs to train.py; drop it here")
-    if method in peers.PEERS and (config.metric != "euclid" or config.prediction != "none"):
-        raise vqvae.UserError(f"metric, prediction: {method} knows neither; drop the flag")
+    if method in peers.PEERS and config.metric != "euclid":
+        raise vqvae.UserError(f"metric: {method} has its own; drop the flag")
     torch.manual_seed(seed)
     quantizer = peers.PEERS[method](config) if method in peers.PEERS else None
     return dataclasses.replace(config, name=run_name(method, size, dim, seed, config)), quantizer
@@ -129,7 +134,7 @@ def check_tables(configs):
 
 
 def stored_results():
-    """{path: record} of results/compare, with today's defaults for settings that a record does not have. Raises UserError."""
+    """{path: record} of results/compare, with the settings that a record does not have as they were then. Raises UserError."""
     records = {path: vqvae.read_json(path) for path in sorted(RESULTS.glob("*.json"))}
     for path, record in records.items():
         try:
@@ -219,11 +224,11 @@ def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, epochs=10):
             looks.setdefault(name, dict(color=COLOURS[len(looks) % len(COLOURS)], marker=MARKERS[len(looks) % len(MARKERS)]))
             for axes in both:
                 axes.plot(rate, quality, linestyle="none", markersize=6, label=LABELS.get(name, name), **looks[name])
-        curves += [sorted(curve) for curve in found.values()]
+        found = {prediction: sorted(curve) for prediction, curve in found.items() if curve}
+        curves += found.values()
         for axes in both:
             for prediction, curve in found.items():
-                if curve:
-                    axes.plot(*zip(*[point[1:] for point in sorted(curve)]), "o-", zorder=3, **CURVES[prediction])
+                axes.plot(*zip(*[point[1:] for point in curve]), "o-", zorder=3, **CURVES[prediction])
             axes.axvline(math.log2(size), color="0.6", linestyle=":", linewidth=1)
             axes.annotate(f"K={size}", (math.log2(size), 0.02), xycoords=("data", "axes fraction"), fontsize=8, rotation=90,
                           ha="right", annotation_clip=True)
@@ -261,7 +266,8 @@ def parse(argv):
                                               (options.codebook_sizes, options.latent_dims, options.seeds))]
     except ValueError as error:
         raise vqvae.UserError(f"codebook_sizes, latent_dims, seeds: expected numbers with commas between ({error})") from error
-    fixed = {"--quantizer", "--codebook_size", "--latent_dim", "--seed", "--name"} & {word.split("=")[0] for word in extra}
+    fixed = {"--quantizer", "--prediction", "--codebook_size", "--latent_dim", "--seed", "--name"}
+    fixed &= {word.split("=")[0] for word in extra}
     if fixed:
         raise vqvae.UserError(f"{min(fixed)}: set by the grid; use --methods, --codebook_sizes, --latent_dims, --seeds")
     if options.jobs < 1:

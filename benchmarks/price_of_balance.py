@@ -1,6 +1,6 @@
 """What does equal use of all codes cost in PSNR, and could other codes do better? Latents that do not move, theory beside.
 
-    python benchmarks/price_of_balance.py experiments/ba_vq_k512 [--passes 4]     # any trained runs, or their final_model.pt
+    python benchmarks/price_of_balance.py experiments/RUN [--passes 4]       # of --prediction none, or their final_model.pt
 
 The encoder and decoder of a run stay as they are; only codebooks are fitted to the latents of 10,000 training images, by
 tuned VQ-EMA and by BA-VQ at several lambda, and measured on its validation images: whatever differs is the price of how the

@@ -8,7 +8,8 @@ The classical way: float32, NCHW, a DataLoader with worker processes that conver
 statistics, `.item()` of every loss at every step (on the CPU it profits from the memory that vqvae.train keeps). Both run in
 turn, `--rounds` times; the ratio is that of the medians. Also measured: the network alone (no quantizer), and what the input
 pipeline, the code histogram and the evaluation of the validation split add to an epoch. The floor is operations and bytes of
-a step over the matrix and copy rates measured in the same run. Random images stand in for a data set. Writes
+a step over the matrix and copy rates measured in the same run. All without prediction, which the classical way has not. Random
+images stand in for a data set. Writes
 results/speed/throughput_DEVICE_SIZE.json, SIZE its hidden width, residual blocks, D, K and batch.
 """
 
@@ -103,7 +104,7 @@ def project_epoch(config, images, device, quantize=True, pipeline=True):
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device.type in ("cpu", "cuda"))
     dtype, _ = vqvae.pick_precision(config.precision, device)
     images = images.to(device)
-    histogram = torch.zeros(config.codebook_size, dtype=torch.int64, device=device)
+    histogram = vqvae.empty_histogram(model, config.codebook_size)
     fixed = vqvae.to_float(images[:config.batch_size])
 
     def epoch():
@@ -112,7 +113,7 @@ def project_epoch(config, images, device, quantize=True, pipeline=True):
             x = vqvae.to_float(images[order[i * config.batch_size:(i + 1) * config.batch_size]]) if pipeline else fixed
             _, indices = vqvae.train_step(model, optimizer, x, dtype, quantize=quantize)
             if pipeline and indices is not None:
-                histogram.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))
+                vqvae.count_codes(histogram, indices)
     return epoch, model
 
 
@@ -156,7 +157,10 @@ def parse(argv):
     if options.steps < 1 or options.rounds < 1:
         raise vqvae.UserError("steps and rounds must be at least 1")
     full_size = ["--latent_dim", "256", "--batch_size", "256", "--prediction", "none"]
-    return options, train.config_from([*full_size, *words, "--no_wandb"])[0]
+    config, _ = train.config_from([*full_size, *words, "--no_wandb"])
+    if config.prediction != "none":
+        raise vqvae.UserError("prediction: the classical way has none; drop it here")
+    return options, config
 
 
 def main(argv=None):

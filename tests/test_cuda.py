@@ -71,9 +71,11 @@ def test_memory_of_a_step_is_bounded(k, fused, monkeypatch):
     assert torch.cuda.max_memory_allocated() - before < 256 * 2**20 + 20 * 4 * (z.numel() + 9 * k)
 
 
+@pytest.mark.parametrize("prediction", ["none", "checkerboard"])
 @pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
-def test_a_step_never_waits_for_the_device(quantizer):
-    model = vqvae.make_model(vqvae.Config(hidden_dim=16, latent_dim=8, codebook_size=64, quantizer=quantizer)).cuda().train()
+def test_a_step_never_waits_for_the_device(quantizer, prediction):
+    config = vqvae.Config(hidden_dim=16, latent_dim=8, codebook_size=64, quantizer=quantizer, prediction=prediction)
+    model = vqvae.make_model(config).cuda().train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     x = torch.rand(16, 3, 32, 32, device="cuda")
     vqvae.train_step(model, optimizer, x, torch.bfloat16)

@@ -84,11 +84,11 @@ def test_gradients():
     assert loss.item() == pytest.approx(0.25 * F.mse_loss(z, codes).item(), rel=1e-4)
     gradients = torch.autograd.grad(loss, [z, *quantizer.predictor.parameters()])
     assert torch.allclose(gradients[0], 0.25 * 2 * (z - codes) / z.numel(), atol=1e-6)
-    second = vqvae.checkerboard(z.shape[2:], z.device)
-    known = torch.where(second, 0, codes).permute(0, 2, 3, 1)
-    error = F.mse_loss(before.predict(known, second), z.detach().permute(0, 2, 3, 1)[:, second])
-    for got, wanted in zip(gradients[1:], torch.autograd.grad(error, list(before.predictor.parameters()))):
-        assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-6)
+    known, _ = vqvae.split_halves(codes.permute(0, 2, 3, 1))
+    _, wanted = vqvae.split_halves(z.detach().permute(0, 2, 3, 1))
+    error = F.mse_loss(before.predict(known, z.shape[2:]), wanted)
+    for got, expected in zip(gradients[1:], torch.autograd.grad(error, list(before.predictor.parameters()))):
+        assert torch.allclose(got, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_it_learns_what_neighbours_tell():
@@ -143,12 +143,24 @@ def test_quantizers_that_do_not_fit(second):
         PredictiveQuantizer(BAQuantizer(8, 3), second)
 
 
-def test_half_precision_and_float32_inside():
+def test_float32_inside_under_autocast():
     quantizer, z = trained()
-    expected = quantizer.eval()(z.bfloat16().float())
+    expected = quantizer.eval()(z)
+    looked_up = quantizer.codes(expected.indices)
     with torch.autocast("cpu", torch.bfloat16):
-        z_q, indices, loss = quantizer(z.bfloat16())
-    assert z_q.dtype == torch.bfloat16 and loss.dtype == torch.float32 and torch.equal(indices, expected.indices)
+        z_q, indices, loss = quantizer(z)
+        assert torch.equal(z_q, expected.z_q) and torch.equal(indices, expected.indices) and torch.equal(loss, expected.loss)
+        assert torch.equal(quantizer.codes(indices), looked_up) and not looked_up.requires_grad
+        assert quantizer(z.bfloat16()).z_q.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("size", [(1, 2), (2, 1), (3, 3), (5, 4)])
+def test_halves_of_a_grid(size):
+    grid = torch.arange(2 * size[0] * size[1] * 3).view(2, *size, 3)
+    first, second = vqvae.split_halves(grid)
+    mask = vqvae.checkerboard(size, "cpu")
+    assert not mask[0, 0] and torch.equal(first, grid[:, ~mask]) and torch.equal(second, grid[:, mask])
+    assert torch.equal(vqvae.join_halves(first, second, size), grid)
 
 
 def test_counts_and_metrics_of_two_codebooks():
@@ -170,9 +182,10 @@ def test_the_networks_start_the_same_with_and_without():
 
 
 @pytest.mark.parametrize("settings, prediction", [
-    (dict(), "checkerboard"), (dict(quantizer="vq_ema"), "none"), (dict(metric="cosine"), "none"),
+    (dict(), "checkerboard"), (dict(quantizer="vq_ema"), "checkerboard"), (dict(metric="cosine"), "none"),
+    (dict(quantizer="vq_ema", vq_recipe="classical"), "none"), (dict(vq_recipe="classical"), "checkerboard"),
     (dict(dataset="dead_leaves", image_size=4), "none"), (dict(prediction="none"), "none"),
-    (dict(quantizer="vq_ema", prediction="checkerboard"), "checkerboard")])
+    (dict(quantizer="vq_ema", vq_recipe="classical", prediction="checkerboard"), "checkerboard")])
 def test_who_predicts(settings, prediction):
     assert Config(**settings).prediction == prediction
 
