@@ -4,8 +4,8 @@
 
 For each of the first eight principal directions of the latents of the run's test images: its variance, as a share of all, and how
 much of that is a function of the first direction (mean within each of 60 quantiles of it). A linear encoder has none of it; a
-direction that has much is a bend of the first one, so codes along it say again what others have said. Writes
-results/latent_directions.json.
+direction that has much is a bend of the first one, so codes along it say again what others have said. Of runs with prediction
+it takes the half of the latents that is coded without. Writes results/latent_directions.json.
 """
 
 import argparse

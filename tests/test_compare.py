@@ -145,7 +145,7 @@ def test_rate_distortion_curves_with_and_without_prediction(results, tiny_config
     figures = []
     monkeypatch.setattr(compare, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
     compare.rate_distortion_figure(tmp_path / "figure.png")
-    lines = {line.get_label(): line.get_ydata().tolist() for line in figures[0].axes[0].lines}
+    lines = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[0].lines}
     assert lines[compare.CURVES["none"]["label"]] == [21, 20] and lines[compare.CURVES["checkerboard"]["label"]] == [23, 22]
 
 

@@ -149,6 +149,9 @@ def test_the_lifting_snippets_work():
     assert names["quantized"].shape == (2, 64, 4, 4)
     assert names["codes"].shape == (2, 4, 4, 64) and names["loss"].shape == ()
     assert len(snippet.strip().splitlines()) == 5
+    predictive = re.search(r"With prediction, for latents on a grid:\n\n```python\n(.*?)```", text, re.S).group(1)
+    exec(predictive, names)
+    assert names["z_q"].shape == names["z"].shape and names["indices"].shape == (2, 4, 4)
 
 
 def test_it_stands_in_for_vector_quantize_pytorch():
