@@ -68,7 +68,7 @@ LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_predictive": "VQ-EMA tuned, with pre
           "cvq": "CVQ-VAE", "lib_rotation": "VQ-EMA, rotation trick", "lib_cosine": "VQ-EMA, cosine", "lib_simvq": "SimVQ",
           "lib_fsq": "FSQ", "sinkhorn": "Sinkhorn (OptVQ)", "wasserstein": "Wasserstein VQ"}  # in the figure
 CURVES = {"none": dict(color="#0072B2", label="BA-VQ over λ, without prediction"),
-          "checkerboard": dict(color="black", label="BA-VQ over λ")}
+          "checkerboard": dict(color="black", label="BA-VQ over λ, with prediction")}
 REFERENCE = "vq_ema"  # differences are taken to this method, seed by seed
 SHARED = ("train_subset", "test_subset", "val_size", "image_size", "downsample", "batch_size", "lr")  # within a table
 
