@@ -39,7 +39,8 @@ else
 fi
 
 run_step() {
-  local compare="$python benchmarks/compare.py --methods vq_ema_classical,vq_ema,ba_vq_lambda10,ba_vq_lambdainf --latent_dims 8 --jobs $jobs $large"
+  local methods=ba_vq_lambda10_predictive,vq_ema,ba_vq_lambdainf_predictive,vq_ema_predictive,ba_vq_lambda10,vq_ema_classical
+  local compare="$python benchmarks/compare.py --methods $methods --latent_dims 16 --jobs $jobs $large"
   case $1 in
     tests)  $python -m pytest -q tests/test_cuda.py tests/test_kernels.py tests/test_quantizers.py ;;
     speed)  $python benchmarks/throughput.py $network --compile && $python benchmarks/throughput.py $network --codebook_size 1024 &&
