@@ -196,6 +196,14 @@ def test_where_there_is_nothing_to_predict(settings):
         Config(prediction="checkerboard", **settings)
 
 
+def test_only_runs_alike_in_prediction_are_compared(tiny_config):
+    records = [{"name": f"{quantizer} {prediction}", "psnr": 1.0, "config":
+                tiny_config(quantizer=quantizer, prediction=prediction).to_dict()}
+               for quantizer in ("ba_vq", "vq_ema") for prediction in ("none", "checkerboard")]
+    pairs = [(pair["ba_vq"], pair["vq_ema"]) for pair in analysis.differences(records)]
+    assert pairs == [("ba_vq none", "vq_ema none"), ("ba_vq checkerboard", "vq_ema checkerboard")]
+
+
 def test_a_codebook_sees_half_of_the_vectors():
     decays = {p: Config(codebook_size=4096, prediction=p).ema_decay for p in ("none", "checkerboard")}
     assert decays["none"] == pytest.approx(1 - math.sqrt(2) / 28, abs=1e-4)

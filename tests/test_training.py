@@ -492,7 +492,8 @@ def test_gradients_and_codebook_of_two_machines_equal_those_of_one(tiny, tmp_pat
         for one, two, whole in zip(first, second, alone):
             for name in whole:
                 assert torch.equal(one[name], two[name]), name
-                assert (one[name] - whole[name]).abs().max() <= 1e-5 * max(1, whole[name].abs().max()), name
+                error = (one[name] - whole[name]).abs().max()  # of sums in another order, so relative to the largest entry
+                assert error <= 1e-5 * max(1, whole[name].abs().max()), name
 
 
 def test_warm_up_trains_without_codes(tiny_config, capsys):
