@@ -29,6 +29,7 @@ import datetime
 import fcntl
 import hashlib
 import http.client
+import importlib.util
 import json
 import math
 import os
@@ -454,7 +455,7 @@ def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | 
 # ----------------------------------------------------------------------------------------
 # Quantizers
 
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25, "mps": 1 << 23}  # of the N x K score matrix alive at once
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24, "mps": 1 << 23}  # of the N x K score matrix alive at once
 
 
 def _chunks(z, codes):
@@ -524,6 +525,14 @@ def soft_assign(z, codebook, log_w, temperature):
         best_sum += best.sum()
         squares += torch.linalg.vector_norm(P).square()
     return Assignment(indices, stats.T.contiguous(), best_sum, len(z) - squares)
+
+
+def e_step(device, dim):
+    """The E-step for latents (N, dim) on a device: `soft_assign`, on CUDA its fused form (kernels.py) where Triton is there."""
+    if device.type == "cuda" and dim <= 256 and importlib.util.find_spec("triton"):
+        import kernels  # not above: it imports this module
+        return kernels.soft_assign
+    return soft_assign
 
 
 def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
@@ -793,8 +802,9 @@ class BAQuantizer(Quantizer):
         """E-step and prior step; the sums are weighted by P(k|z)."""
         squared_norm = z.square().sum()
         tau = (self.temperature * self.distortion).clamp_min(1e-30)
+        soft = e_step(z.device, self.dim)
         for _ in range(self.ba_iters):
-            batch = soft_assign(z, self.codebook, self.log_w, tau)
+            batch = soft(z, self.codebook, self.log_w, tau)
             distortion = (squared_norm - 2 * batch.score).clamp_min(0)
             scalars = torch.stack([distortion, batch.overlap, z.new_full((), float(len(z)))])
             everything = all_reduce(torch.cat([batch.stats.flatten(), scalars]))
@@ -1667,6 +1677,23 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """AdamW for a model that is on its device. On CUDA its learning rate is a tensor, so that a graph can hold its step."""
+    device = next(model.parameters()).device
+    on_cuda = device.type == "cuda"
+    return torch.optim.AdamW(model.parameters(), lr=torch.tensor(lr, device=device) if on_cuda else lr, betas=(0.9, 0.95),
+                             fused=device.type in ("cpu", "cuda"), capturable=on_cuda)
+
+
+def set_learning_rate(optimizer, rate):
+    """In place on CUDA, where a recorded step reads it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
     """Permutation of the training images, from (seed, epoch) alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -1685,6 +1712,46 @@ def train_step(model, optimizer, x, dtype, quantize=True):
     optimizer.step()
     optimizer.zero_grad()
     return torch.stack([recon_loss.detach(), quantizer_loss.detach().float()]), indices
+
+
+class GraphedStep:
+    """`train_step` on a GPU, recorded as a CUDA graph and replayed: the same arguments, the same results.
+
+    A step is several hundred small kernels, which Python starts more slowly than a fast GPU runs them. The first steps with and
+    without the quantizer run as ever, since libraries then choose their kernels and workspaces; the next is recorded, which does
+    not run it, and replayed from then on. So every call is one step of training. Needs an optimizer of `make_optimizer`, images
+    of one shape, and a quantizer that neither waits for the GPU nor draws numbers on the CPU: those of this module.
+    """
+
+    EAGER_STEPS = 3
+
+    def __init__(self):
+        self.stream, self.taken, self.recorded = torch.cuda.Stream(), {True: 0, False: 0}, {}
+
+    def __call__(self, model, optimizer, x, dtype, quantize=True):
+        if self.taken[quantize] < self.EAGER_STEPS:
+            self.taken[quantize] += 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = train_step(model, optimizer, x, dtype, quantize)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if quantize not in self.recorded:
+            graph, images = torch.cuda.CUDAGraph(), x.clone()
+            with torch.cuda.graph(graph, stream=self.stream):
+                result = train_step(model, optimizer, images, dtype, quantize)
+            self.recorded = {quantize: (graph, images, result)}  # the other kind never comes back
+        graph, images, result = self.recorded[quantize]
+        images.copy_(x)
+        graph.replay()
+        return result
+
+
+def fastest_step(model):
+    """`train_step`, or a `GraphedStep` where that works: one process, on CUDA, with a quantizer of this module."""
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    own = isinstance(model.quantizer, (Quantizer, PredictiveQuantizer))
+    return GraphedStep() if on_cuda and own and not dist.is_initialized() else train_step
 
 
 def average_gradients(model):
@@ -1832,7 +1899,8 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     if device.type == "cpu":
         keep_freed_memory()
     model = make_model(config, quantizer).to(device).to(memory_format=memory_format(device))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
+    optimizer = make_optimizer(model, config.lr)
+    take_step = fastest_step(model)
     if config.compile:
         model.encoder.compile()
         model.decoder.compile()
@@ -1853,12 +1921,11 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
             for i in tqdm(progress, desc=f"epoch {epoch + 1}/{config.epochs}", leave=False,
                           disable=True if rank() else None):
                 torch.manual_seed(config.seed * 1_000_003 + step)  # restarts do not depend on where a run resumed
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, total_steps, config.lr)
+                set_learning_rate(optimizer, learning_rate(step, total_steps, config.lr))
                 set_progress(max(0, step - warmup_steps) / (total_steps - warmup_steps))
                 batch = order[i * batch_size:(i + 1) * batch_size][local]
                 x = to_float(train_set[batch])  # (B, 3, S, S)
-                losses[i], indices = train_step(model, optimizer, x, dtype, quantize=step >= warmup_steps)
+                losses[i], indices = take_step(model, optimizer, x, dtype, quantize=step >= warmup_steps)
                 if indices is not None:
                     count_codes(histogram, indices)
                 step += 1
@@ -1916,7 +1983,7 @@ def restore(config, folder, model, optimizer, steps_per_epoch):
         if len(state["losses"]) != steps_per_epoch:
             raise UserError(f"{folder}: its epochs have {len(state['losses'])} steps, with the images there are now "
                             f"{steps_per_epoch}; bring the old images back or choose another --name")
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})  # settings as on this device
         step, seconds = state["step"], state.get("seconds", 0.0)  # none in earlier versions
         losses.copy_(state["losses"])
         histogram.copy_(state["histogram"] if rank() == 0 else 0)

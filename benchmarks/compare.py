@@ -103,13 +103,14 @@ def run(method, size, dim, seed, extra, threads):
             raise vqvae.UserError(f"{target}: holds a run of other settings or an earlier version; move results/compare/ away")
         return f"{name}: done before"
     metrics = vqvae.train(config, quantizer)
+    device, _ = vqvae.pick_device(config.device)
     if quantizer is None:
-        model, _ = vqvae.load_model(Path(config.out_dir) / name / "final_model.pt", vqvae.pick_device(config.device)[0])
+        model, _ = vqvae.load_model(Path(config.out_dir) / name / "final_model.pt", device)
         refined = vqvae.evaluate(model, vqvae.test_images(config), size, refine=REFINE)
         metrics.update({f"refined_{key}": refined[key] for key in ("psnr", "perplexity", "usage_rate")})
     timing = [json.loads(line) for line in (Path(config.out_dir) / name / "timing.jsonl").read_text().splitlines()]
     command = f"python benchmarks/compare.py --methods {method} --codebook_sizes {size} --latent_dims {dim} --seeds {seed}"
-    versions = {"torch": torch.__version__}
+    versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
     if method.startswith("lib_"):
         versions["vector_quantize_pytorch"] = importlib.metadata.version("vector-quantize-pytorch")
     vqvae.write_json(target, {"method": method, "command": " ".join([command, *extra]), **versions,

@@ -26,16 +26,16 @@ steps=("$@")
 
 if [ -n "${SMALL:-}" ]; then
   sizes="--codebook_sizes 64,256 --latent_dims 8 --vectors 1024"
-  network="--hidden_dim 8 --latent_dim 8 --codebook_size 64 --batch_size 16 --steps 2"
+  network="--hidden_dim 8 --latent_dim 8 --batch_size 16 --steps 2"
   sweep="--dataset dead_leaves --train_subset 256 --test_subset 64 --val_size 64 --hidden_dim 8 --latent_dim 8 --epochs 1"
   large="--dataset dead_leaves --train_subset 256 --test_subset 64 --val_size 64 --hidden_dim 8 --epochs 1"
   large_sizes=512; jobs=2; seeds=0; scaling="--tiny"
 else
   sizes="--codebook_sizes 512,1024,4096,16384,65536,262144"
-  network=""
+  network="--steps 60"
   sweep=""
   large="--epochs 50 --hidden_dim 128 --batch_size 256"
-  large_sizes=16384; jobs=4; seeds=0,1,2; scaling="--max_processes 1 --methods vq_ema,ba_vq,ba_vq_fused"
+  large_sizes=16384; jobs=4; seeds=0,1,2; scaling="--max_processes 1 --methods vq_ema,ba_vq_chunked,ba_vq_fused"
 fi
 
 run_step() {
@@ -44,6 +44,7 @@ run_step() {
   case $1 in
     tests)  $python -m pytest -q tests/test_cuda.py tests/test_kernels.py tests/test_quantizers.py ;;
     speed)  $python benchmarks/throughput.py $network --compile && $python benchmarks/throughput.py $network --codebook_size 1024 &&
+              $python benchmarks/throughput.py $network --latent_dim 16 &&
               $python benchmarks/quantizer_step.py $sizes ;;
     # kernels by themselves, since a fault in one takes its whole process down
     fused)  $interpret $python benchmarks/quantizer_step.py --fused $sizes ;;

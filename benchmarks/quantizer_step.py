@@ -1,8 +1,9 @@
 """Time and memory of one quantizer step (forward with codebook update) against K, D and N.
 
     python benchmarks/quantizer_step.py                           # ratios in time, alternating, median of the rounds
-    python benchmarks/quantizer_step.py --memory                  # extra peak memory of a BA-VQ step, a process per size
+    python benchmarks/quantizer_step.py --memory                  # extra peak memory of a BA-VQ step
     python benchmarks/quantizer_step.py --fused                   # the E-step of kernels.py beside the chunked one; CUDA
+    python benchmarks/quantizer_step.py --memory --fused          # and its memory
     python benchmarks/quantizer_step.py --codebook_sizes 512,65536 --latent_dims 8 --rounds 3 --device cuda
 
 Peers are VectorQuantize (EMA) and SimVQ of vector-quantize-pytorch, behind the same adapter. The floor of a BA-VQ step is
@@ -34,7 +35,7 @@ import vqvae  # noqa: E402
 
 RESULTS = ROOT / "results" / "speed"
 METHODS = ("vq_ema", "ba_vq", "lib_ema", "lib_simvq")
-WITH_FUSED = ("vq_ema", "ba_vq", "ba_vq_fused")
+WITH_FUSED = ("vq_ema", "ba_vq_chunked", "ba_vq_fused")  # both E-steps by name; ba_vq has that of training
 PEER_MATRICES = 6  # N x K float32 matrices that the peers hold at once: skipped where these do not fit
 
 
@@ -65,8 +66,9 @@ def machine_rates(device, dtype=torch.float32):
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.empty(n, n, device=device, dtype=dtype)
     flops = 2 * n**3 / min(seconds(lambda: torch.mm(a, a, out=b), device) for _ in range(5))
     if device.type == "cuda" and dtype == torch.float32:  # three TF32 products give float32 accuracy
-        with mock.patch.object(torch.backends.cuda.matmul, "allow_tf32", True):
-            flops = max(flops, 2 * n**3 / min(seconds(lambda: torch.mm(a, a, out=b), device) for _ in range(5)) / 3)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        flops = max(flops, 2 * n**3 / min(seconds(lambda: torch.mm(a, a, out=b), device) for _ in range(5)) / 3)
+        torch.backends.cuda.matmul.allow_tf32 = False
     big = torch.empty(1 << 26, device=device)
     copy = min(seconds(lambda: big[:1 << 25].copy_(big[1 << 25:]), device) for _ in range(5))
     return {"flops_per_second": flops, "copy_bytes_per_second": 2 * 4 * (1 << 25) / copy}
@@ -101,13 +103,15 @@ def make_step(method, k, d, z):
     torch.manual_seed(0)
     make = peers.PEERS.get(method, vqvae.make_quantizer)
     quantizer = (peers.ema(config, kmeans_init=False) if method == "lib_ema" else make(config)).to(z.device).train()
-    e_step = vqvae.soft_assign
+    e_step = vqvae.e_step(z.device, d)
+    if method == "ba_vq_chunked":
+        e_step = vqvae.soft_assign
     if method == "ba_vq_fused":
         import kernels  # here, since triton comes with CUDA builds of torch only
         e_step = kernels.soft_assign
 
     def step():
-        with torch.no_grad(), mock.patch.object(vqvae, "soft_assign", e_step):
+        with torch.no_grad(), mock.patch.object(vqvae, "e_step", lambda device, dim: e_step):
             quantizer(z)
     return step
 
@@ -130,7 +134,7 @@ def measure_time(methods, k, d, n, rounds, device, rates):
 
 
 def measure_memory(method, k, d, n, device):
-    """Record of one size: bytes of peak memory that a step adds (this process: use a fresh one per size)."""
+    """Record of one size: bytes of peak memory that a step adds. On the CPU it is this process's, so use a fresh one per size."""
     z = torch.randn(n // 64, d, 8, 8, device=device)
     make_step(method, 64, d, z)()  # libraries and thread pools
     step = make_step(method, k, d, z)
@@ -146,7 +150,8 @@ def measure_memory(method, k, d, n, device):
     return {"K": k, "D": d, "N": n, "extra_bytes": extra, "inputs_bytes": 4 * (n * d + k * d)}
 
 
-NAMES = {"vq_ema": "VQ-EMA", "ba_vq": "BA-VQ", "ba_vq_fused": "BA-VQ fused", "lib_ema": "lib EMA", "lib_simvq": "SimVQ"}
+NAMES = {"vq_ema": "VQ-EMA", "ba_vq": "BA-VQ", "ba_vq_chunked": "BA-VQ chunked", "ba_vq_fused": "BA-VQ fused",
+         "lib_ema": "lib EMA", "lib_simvq": "SimVQ"}
 
 
 def table(heads, rows):
@@ -157,8 +162,9 @@ def table(heads, rows):
 
 def time_table(records, methods):
     """Milliseconds; ratios to the floor, of the peer's EMA to own, of the two E-steps."""
-    ratios = [("ba_vq_fused", "floor"), ("ba_vq", "ba_vq_fused")] if "ba_vq_fused" in methods else [
-        ("ba_vq", "floor"), ("lib_ema", "vq_ema"), ("lib_ema", "ba_vq")]
+    ratios = [("ba_vq", "floor"), ("ba_vq", "vq_ema"), ("lib_ema", "vq_ema"), ("lib_ema", "ba_vq")]
+    if "ba_vq_fused" in methods:
+        ratios = [("ba_vq_fused", "floor"), ("ba_vq_fused", "vq_ema"), ("ba_vq_chunked", "ba_vq_fused")]
     rows = []
     for r in records:
         t = {**r["seconds"], "floor": r["floor"]}
@@ -210,14 +216,17 @@ def main(argv=None):
     device, _ = vqvae.pick_device(options.device)
     if options.fused:
         check_fused(device)
+    e_step = "ba_vq_fused" if options.fused else "ba_vq_chunked"
     if options.one_size:
-        print(json.dumps(measure_memory("ba_vq_fused" if options.fused else "ba_vq", *sizes[0], device)))
+        print(json.dumps(measure_memory(e_step, *sizes[0], device)))
         return
     methods = WITH_FUSED if options.fused else METHODS
     records = []
     rates = None if options.memory else machine_rates(device)
     for k, d, n in sizes:
-        if options.memory:
+        if options.memory and device.type == "cuda":
+            records.append(measure_memory(e_step, k, d, n, device))
+        elif options.memory:
             words = ["--memory", "--one_size", "--codebook_sizes", str(k), "--latent_dims", str(d), "--vectors", str(n),
                      "--device", str(device), *(["--fused"] if options.fused else [])]
             done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)

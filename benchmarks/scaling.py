@@ -2,11 +2,11 @@
 
     python benchmarks/scaling.py                       # one quantity varied at a time around K=4096, D=64, N=16384
     python benchmarks/scaling.py --summary             # only write results/scaling.md again from results/speed/scaling_*.json
-    python benchmarks/scaling.py --max_processes 4 --device cuda --methods vq_ema,ba_vq,ba_vq_fused
+    python benchmarks/scaling.py --max_processes 4 --device cuda --methods vq_ema,ba_vq_chunked,ba_vq_fused
 
-Every point is a fresh process: extra peak memory of the first step, then the median time of further steps. Exponents are
-least-squares slopes of log y against log x. Several processes share the same N latents (gloo, or nccl with a GPU each) and
-have the same number of threads each. Raw values go to results/speed/scaling_DEVICE.json.
+Every point is a fresh process, but on CUDA: extra peak memory of the first step, then the median time of further steps.
+Exponents are least-squares slopes of log y against log x. Several processes share the same N latents (gloo, or nccl with a
+GPU each) and have the same number of threads each. Raw values go to results/speed/scaling_DEVICE.json.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def measure_point(point, device):
 
 
 def run_point(point, device):
-    """measure_point in fresh processes; the record of the first."""
+    """measure_point, but for a single process on CUDA, whose allocator counts exactly, in fresh ones; the record of the first."""
+    if point["processes"] == 1 and device.type == "cuda":
+        return measure_point(point, device)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(point["processes"])]
     several = point["processes"] > 1  # each process then takes a GPU of its own
     command = [sys.executable, *(launcher if several else []), __file__, "--device", device.type if several else str(device),
@@ -122,7 +124,7 @@ def crossover():
     stored = json.loads(path.read_text())
     gains = {}  # {(D, N): {K: how many times faster}}
     for r in stored["records"]:
-        gains.setdefault((r["D"], r["N"]), {})[r["K"]] = r["seconds"]["ba_vq"] / r["seconds"]["ba_vq_fused"]
+        gains.setdefault((r["D"], r["N"]), {})[r["K"]] = r["seconds"]["ba_vq_chunked"] / r["seconds"]["ba_vq_fused"]
     lines = [f"On {stored['machine']['device']}, `quantizer_step.py --fused`:", ""]
     for (d, n), gain in sorted(gains.items()):
         ahead = [k for k in gain if all(gain[larger] > 1 for larger in gain if larger >= k)]  # and it stays ahead
@@ -155,7 +157,8 @@ def summary():
 
 def parse(argv):
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--methods", default="vq_ema,ba_vq", metavar="A,B", help="of vq_ema, ba_vq, ba_vq_fused (CUDA)")
+    parser.add_argument("--methods", default="vq_ema,ba_vq", metavar="A,B",
+                        help="of vq_ema, ba_vq (as in training), ba_vq_chunked, ba_vq_fused (CUDA)")
     parser.add_argument("--max_processes", type=int, default=2, metavar="P", help="1, 2, 4, ... up to P (default 2)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps per point (default 5)")
     parser.add_argument("--device", default="auto")
@@ -164,8 +167,9 @@ def parse(argv):
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)  # in the fresh process
     options = parser.parse_args(argv)
     options.methods = options.methods.split(",")
-    if not set(options.methods) <= set(quantizer_step.WITH_FUSED):
-        raise vqvae.UserError(f"methods: expected some of {', '.join(quantizer_step.WITH_FUSED)}, with commas between")
+    known = ("ba_vq", *quantizer_step.WITH_FUSED)
+    if not set(options.methods) <= set(known):
+        raise vqvae.UserError(f"methods: expected some of {', '.join(known)}, with commas between")
     if options.max_processes < 1 or options.rounds < 1:
         raise vqvae.UserError("max_processes and rounds must be at least 1")
     return options

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.fixture(autouse=True)
 def _no_tf32():
     torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(("n", "k", "d"), [(4096, 512, 8), (5000, 1000, 64), (2048, 16384, 8)])
@@ -60,8 +62,8 @@ def test_the_fused_e_step_agrees_with_the_chunked_one(n, k, d, temperature):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("k", [65536, 262144])
 def test_memory_of_a_step_is_bounded(k, fused, monkeypatch):
-    if fused:
-        monkeypatch.setattr(vqvae, "soft_assign", pytest.importorskip("kernels", reason="needs triton").soft_assign)
+    soft_assign = pytest.importorskip("kernels", reason="needs triton").soft_assign if fused else vqvae.soft_assign
+    monkeypatch.setattr(vqvae, "e_step", lambda device, dim: soft_assign)
     quantizer = vqvae.BAQuantizer(k, 8).cuda().train()
     z = torch.randn(16384, 8, device="cuda")
     quantizer(z)
@@ -86,6 +88,28 @@ def test_a_step_never_waits_for_the_device(quantizer, prediction):
             vqvae.train_step(model, optimizer, x, torch.bfloat16)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("prediction", ["none", "checkerboard"])
+@pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
+def test_replayed_steps_are_the_steps(quantizer, prediction):
+    config = vqvae.Config(hidden_dim=16, latent_dim=8, codebook_size=2048, quantizer=quantizer, prediction=prediction,
+                          ema_decay=0.5)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # or the sums over latents differ from run to run
+    images = torch.rand(12, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0)).cuda()  # 1024 latents: codes restart
+    results = []
+    for take_step in (vqvae.train_step, vqvae.GraphedStep()):
+        model = vqvae.make_model(config).cuda().train()
+        optimizer = vqvae.make_optimizer(model, 1e-3)
+        for i, x in enumerate(images):
+            torch.manual_seed(i)
+            vqvae.set_learning_rate(optimizer, 1e-3 / (i + 1))
+            model.quantizer.set_progress(i / 12)
+            losses, indices = take_step(model, optimizer, x, torch.bfloat16, quantize=i >= 5)
+            results.append([losses.clone(), None if indices is None else indices.clone()])
+        results.append(list(model.state_dict().values()))
+    assert all(one is two or torch.equal(one, two) for eager, graphed in zip(results[:13], results[13:])
+               for one, two in zip(eager, graphed) if one is None or torch.is_tensor(one))
 
 
 @pytest.mark.parametrize("compile", [False, True])

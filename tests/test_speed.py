@@ -42,14 +42,14 @@ def test_exponent_of_a_power_law(slope):
 def test_tables_name_what_did_not_fit():
     record = {"K": 64, "D": 8, "N": 128, "floor": 0.001, "seconds": {"vq_ema": 0.01, "ba_vq": 0.02}}
     row = quantizer_step.time_table([record], quantizer_step.METHODS).splitlines()[-1]
-    assert row == "| 64 | 8 | 128 | 1 | 10 | 20 | – | – | 20.00 | – | – |"
+    assert row == "| 64 | 8 | 128 | 1 | 10 | 20 | – | – | 20.00 | 2.00 | – | – |"
 
 
 def test_crossover_is_where_the_fused_step_stays_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "RESULTS", tmp_path)
     assert "Not measured" in scaling.crossover()
     gains = {512: 1.5, 1024: 0.8, 4096: 1.2, 16384: 3.0}
-    records = [{"K": k, "D": 8, "N": 64, "seconds": {"ba_vq": gain, "ba_vq_fused": 1.0}} for k, gain in gains.items()]
+    records = [{"K": k, "D": 8, "N": 64, "seconds": {"ba_vq_chunked": gain, "ba_vq_fused": 1.0}} for k, gain in gains.items()]
     (tmp_path / "quantizer_step_fused_cuda.json").write_text(json.dumps({"machine": {"device": "some GPU"}, "records": records}))
     assert "ahead from K=4096" in scaling.crossover()
 
@@ -65,9 +65,9 @@ def test_points_vary_one_quantity_at_a_time():
 def test_several_processes_take_a_gpu_each(monkeypatch):
     words = []
     monkeypatch.setattr(scaling.subprocess, "run", lambda command, **_: words.append(command) or SimpleNamespace(stdout="{}"))
-    for processes in (1, 2):
-        scaling.run_point({"processes": processes}, torch.device("cuda:1"))
-    assert [command[command.index("--device") + 1] for command in words] == ["cuda:1", "cuda"]
+    for processes, device in ((1, "cpu"), (2, "cuda:1")):
+        scaling.run_point({"processes": processes}, torch.device(device))
+    assert [command[command.index("--device") + 1] for command in words] == ["cpu", "cuda"]
 
 
 def test_peak_memory_of_a_large_step_stays_far_below_its_scores():
