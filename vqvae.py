@@ -455,6 +455,7 @@ def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | 
 # ----------------------------------------------------------------------------------------
 # Quantizers
 
+FUSED_UP_TO = 128  # dimensions of the latents: beyond them the fused E-step is slower (results/gpu.md)
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24, "mps": 1 << 23}  # of the N x K score matrix alive at once
 
 
@@ -528,8 +529,9 @@ def soft_assign(z, codebook, log_w, temperature):
 
 
 def e_step(device, dim):
-    """The E-step for latents (N, dim) on a device: `soft_assign`, on CUDA its fused form (kernels.py) where Triton is there."""
-    if device.type == "cuda" and dim <= 256 and importlib.util.find_spec("triton"):
+    """The E-step for latents (N, dim): `soft_assign`, or its fused form (kernels.py) on GPUs from Ampere on that have Triton."""
+    if (device.type == "cuda" and dim <= FUSED_UP_TO and torch.cuda.get_device_capability(device)[0] >= 8
+            and importlib.util.find_spec("triton")):
         import kernels  # not above: it imports this module
         return kernels.soft_assign
     return soft_assign

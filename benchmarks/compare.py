@@ -110,7 +110,8 @@ def run(method, size, dim, seed, extra, threads):
         metrics.update({f"refined_{key}": refined[key] for key in ("psnr", "perplexity", "usage_rate")})
     timing = [json.loads(line) for line in (Path(config.out_dir) / name / "timing.jsonl").read_text().splitlines()]
     command = f"python benchmarks/compare.py --methods {method} --codebook_sizes {size} --latent_dims {dim} --seeds {seed}"
-    versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    versions = {"torch": torch.__version__, **gpu}
     if method.startswith("lib_"):
         versions["vector_quantize_pytorch"] = importlib.metadata.version("vector-quantize-pytorch")
     vqvae.write_json(target, {"method": method, "command": " ".join([command, *extra]), **versions,

@@ -57,6 +57,14 @@ def test_fused_e_step_equals_the_chunked_one(computed, name):
     assert fused.stats[:, -1].sum().item() == pytest.approx(len(z), rel=1e-5)  # every latent is shared out wholly
 
 
+@pytest.mark.parametrize(("device", "d", "capability", "fused"), [
+    ("cuda:0", 16, (9, 0), True), ("cuda", 128, (8, 0), True), ("cuda", 129, (9, 0), False), ("cuda", 16, (7, 5), False),
+    ("cpu", 16, None, False), ("mps", 16, None, False)])
+def test_training_has_the_fused_e_step_where_it_is_faster(device, d, capability, fused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert vqvae.e_step(torch.device(device), d) is (kernels.soft_assign if fused else vqvae.soft_assign)
+
+
 @pytest.mark.skipif(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3), reason="ahead-of-time interface of triton 3.3")
 @pytest.mark.parametrize(("capability", "d"), [(80, 256), (90, 8)])
 def test_compiles_within_the_shared_memory_of_any_gpu(capability, d, tmp_path, monkeypatch):

@@ -121,6 +121,28 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tiny_config, quantizer, 
     assert first == second
 
 
+def test_a_checkpoint_of_another_device_keeps_the_settings_of_this_one(tiny_config, monkeypatch):
+    """One from CUDA holds a learning rate that is a tensor there, and a step fit for its graphs."""
+    whole, parts = (tiny_config(name=name, epochs=2) for name in ("whole", "parts"))
+    vqvae.train(whole)
+    real_step = vqvae.train_step
+
+    def interrupted_step(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real_step(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(vqvae.Interrupted):
+        patch.setattr(vqvae, "train_step", interrupted_step)
+        vqvae.train(parts)
+    one, two = (vqvae.Path(whole.out_dir) / name for name in ("whole", "parts"))
+    path, = vqvae.checkpoints(two)
+    state = vqvae.read_checkpoint(path)
+    state["optimizer"]["param_groups"][0].update(lr=torch.tensor(1e-3), capturable=True)
+    torch.save(state, path)
+    vqvae.train(parts)
+    assert same_weights(final_state(one), final_state(two))
+
+
 def test_kill_9_loses_nothing(tiny, tmp_path):
     flags = [word for key, value in tiny(epochs=4, name="killed").items() for word in (f"--{key}", str(value))]
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--no_wandb"]
