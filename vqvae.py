@@ -455,7 +455,7 @@ def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | 
 # ----------------------------------------------------------------------------------------
 # Quantizers
 
-FUSED_UP_TO = 128  # dimensions of the latents: beyond them the fused E-step is slower (results/gpu.md)
+FUSED_UP_TO = 64  # dimensions of the latents: beyond, a large codebook's fused E-step is slower than the chunked one
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24, "mps": 1 << 23}  # of the N x K score matrix alive at once
 
 
@@ -1340,32 +1340,39 @@ def count_codes(histogram: torch.Tensor, indices: torch.Tensor) -> None:
     histogram.view(-1).scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))
 
 
+def evaluation_batch(images: torch.Tensor, device: torch.device) -> int:
+    """How many of images (N, S, S, 3) to evaluate at once: 500 of 32 x 32, or, lest a GPU waits for Python, 2500."""
+    return max(1, (2500 if device.type == "cuda" else 500) * 32**2 // images.shape[1] ** 2)
+
+
 @torch.no_grad()
-def code_histogram(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size: int = 500) -> torch.Tensor:
+def code_histogram(model: VQVAE, images: torch.Tensor, codebook_size: int) -> torch.Tensor:
     """How often each code is the nearest over images uint8 (N, S, S, 3), as `empty_histogram`. Eval mode, float32."""
     histogram = empty_histogram(model, codebook_size)
     with eval_mode(model):
-        for batch in images.split(batch_size):
+        for batch in images.split(evaluation_batch(images, histogram.device)):
             count_codes(histogram, model.encode(to_float(batch.to(histogram.device))))
     return histogram
 
 
 @torch.no_grad()
-def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size: int = 500,
+def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size: int | None = None,
              dtype: torch.dtype = torch.float32, refine: int = 0, histogram: torch.Tensor | None = None) -> dict[str, float]:
     """Metrics of a model on images uint8 (N, S, S, 3), as a dict of floats; CODE_OVERVIEW.md has the glossary.
 
-    Eval mode, hard indices, pooled over all images. dtype: autocast type of the networks. refine: passes of VQVAE.refined
-    before the nearest codes are taken; quantization_error and commitment_loss are then of the refined latents. histogram:
-    of `empty_histogram`, in which to leave how often each code was chosen.
+    Eval mode, hard indices, pooled over all images. batch_size: images at once (default: `evaluation_batch`). dtype: autocast
+    type of the networks. refine: passes of VQVAE.refined before the nearest codes are taken; quantization_error and
+    commitment_loss are then of the refined latents. histogram: of `empty_histogram`, in which to leave how often each code
+    was chosen.
     """
     device = next(model.parameters()).device
+    batches = images.split(batch_size or evaluation_batch(images, device))
     luma = torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)  # BT.601
     histogram = empty_histogram(model, codebook_size) if histogram is None else histogram
     rows = []  # per image: squared 8-bit error, squared luma error, ssim, float mse
     latent_rows = []  # per batch, weighted: quantizer loss, squared distance per vector
     with eval_mode(model):
-        for batch in tqdm(images.split(batch_size), desc="evaluating", leave=False, disable=None):
+        for batch in tqdm(batches, desc="evaluating", leave=False, disable=None):
             x = to_float(batch.to(device))  # (B, 3, S, S)
             with _autocast(device, dtype):
                 z = model.latents(x, refine)

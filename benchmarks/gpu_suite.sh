@@ -5,7 +5,7 @@
 #     benchmarks/gpu_suite.sh tests speed        # some: tests speed fused memory scaling sweep large seeds
 #     SMALL=1 benchmarks/gpu_suite.sh            # rehearsal with tiny sizes, on any machine, in a copy that is then deleted
 #
-# Tables go to results/gpu/STEP.md, JSON to results/speed and experiments; results/gpu.md is all tables together.
+# Output goes to results/gpu/STEP.md, JSON to results/speed and experiments; results/gpu.md is all of it together.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -63,13 +63,14 @@ for step in "${steps[@]}"; do
   echo "== $step"
   began=$SECONDS
   if timeout 600 bash -c "$(declare -f run_step); $(declare -p python interpret sizes network sweep large large_sizes jobs seeds scaling); run_step $step" \
-      2>&1 | tee "$out/$step.log"; then
+      | tee "$out/$step.log"; then  # progress is on standard error
     { echo "## $step, $((SECONDS - began)) s"; echo; cat "$out/$step.log"; echo; } > "$out/$step.md"
   else
     echo "== $step failed or ran past ten minutes; the same command continues it" >&2
     failed=1
   fi
 done
-cat "$out"/*.md > results/gpu.md 2>/dev/null
+machine='import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU", "torch", torch.__version__)'
+{ echo "# Measured by benchmarks/gpu_suite.sh"; echo; "$python" -c "$machine"; echo; cat "$out"/*.md; } > results/gpu.md
 [ -z "${SMALL:-}" ] || cat results/gpu.md
 exit $failed

@@ -175,9 +175,9 @@ def time_table(records, methods):
                   *(f"{names[a]} / {names[b]}" for a, b in ratios)], rows)
 
 
-def memory_table(records):
+def memory_table(records, method):
     rows = [[r["K"], r["D"], r["N"], *(f"{r[key] / 2**20:.0f}" for key in ("extra_bytes", "inputs_bytes"))] for r in records]
-    return table(["K", "D", "N", "extra MiB", "N·D + K·D MiB"], rows)
+    return table(["K", "D", "N", f"{NAMES[method]} extra MiB", "N·D + K·D MiB"], rows)
 
 
 def check_fused(device):
@@ -238,7 +238,7 @@ def main(argv=None):
     RESULTS.mkdir(parents=True, exist_ok=True)
     vqvae.write_json(RESULTS / f"quantizer_{what}_{device.type}.json",
                      {"machine": machine(device), "rates": rates, "argv": argv or sys.argv[1:], "records": records})
-    print(memory_table(records) if options.memory else f"{rates_line(rates)}\n\n{time_table(records, methods)}")
+    print(memory_table(records, e_step) if options.memory else f"{rates_line(rates)}\n\n{time_table(records, methods)}")
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def main(argv=None):
         for name, epoch in epochs.items():
             times[name].append(seconds(epoch, device))
     rate = {name: len(images) / statistics.median(t) for name, t in times.items()}
-    some, dtype = images[:1000], vqvae.pick_precision(config.precision, device)[0]
+    some, dtype = images[:5000], vqvae.pick_precision(config.precision, device)[0]
     evaluation = min(seconds(lambda: vqvae.evaluate(model, some, config.codebook_size, dtype=dtype), device)
                      for _ in range(2)) / len(some)  # the first warms up
     ratios = {f"{name} / classical": rate[name] / rate["classical"] for name in ("ba_vq", "vq_ema")}

@@ -58,7 +58,7 @@ def test_fused_e_step_equals_the_chunked_one(computed, name):
 
 
 @pytest.mark.parametrize(("device", "d", "capability", "fused"), [
-    ("cuda:0", 16, (9, 0), True), ("cuda", 128, (8, 0), True), ("cuda", 129, (9, 0), False), ("cuda", 16, (7, 5), False),
+    ("cuda:0", 16, (9, 0), True), ("cuda", 64, (8, 0), True), ("cuda", 65, (9, 0), False), ("cuda", 16, (7, 5), False),
     ("cpu", 16, None, False), ("mps", 16, None, False)])
 def test_training_has_the_fused_e_step_where_it_is_faster(device, d, capability, fused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
