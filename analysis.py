@@ -32,7 +32,7 @@ COLUMNS = [("psnr", "PSNR dB", "{:.2f}"), ("ssim", "SSIM", "{:.4f}"), ("perplexi
            ("bits_per_index", "bits/index", "{:.3f}")]
 DIFFERENCES = [("psnr", "PSNR dB", "{:+.3f}"), ("ssim", "SSIM", "{:+.4f}"), ("perplexity", "perplexity", "{:+.1f}"),
                ("usage_rate", "usage", "{:+.1%}"), ("bits_per_index", "bits/index", "{:+.3f}")]
-IN_METHOD = ("quantizer", "vq_recipe", "entropy_weight", "metric", "prediction")  # what method() tells
+IN_METHOD = ("quantizer", "vq_recipe", "entropy_weight", "metric", "prediction", "trellis")  # what method() tells
 
 
 def load_runs(folders):
@@ -68,7 +68,8 @@ def one_seed(folders):
 def method(config):
     """Short label of a quantizer and its recipe."""
     name = f"VQ-EMA {config.vq_recipe}" if config.quantizer == "vq_ema" else f"BA-VQ λ={config.entropy_weight:g}"
-    return name + (" cosine" if config.metric == "cosine" else "") + (" predictive" if config.prediction != "none" else "")
+    return (name + (" cosine" if config.metric == "cosine" else "") + (" predictive" if config.prediction != "none" else "")
+            + (" trellis" if config.trellis != "none" else ""))
 
 
 def identity(record):
@@ -277,10 +278,11 @@ def usage_histograms(records, histograms):
     lowest, highest = 0.1, 10  # two decades at least, or even use looks uneven
     for record, histogram in zip(records, histograms):
         share = np.sort(histogram.double().flatten().numpy())[::-1] * histogram.numel() / histogram.sum().item()
-        perplexity = vqvae.codebook_metrics(histogram)["perplexity"]
+        size = record["config"]["codebook_size"]
+        perplexity = vqvae.codebook_metrics(histogram, size)["perplexity"]
         lowest, highest = min(lowest, share[share > 0].min() / 1.2), max(highest, share.max() * 1.2)
         options = {**styles[record["name"]], "marker": "", "label": f"{record['name']}: perplexity/K = "
-                   f"{perplexity / histogram.shape[-1]:.2f}"}
+                   f"{perplexity / size:.2f}"}
         axes.plot((np.arange(len(share)) + 0.5) / len(share), np.where(share > 0, share, np.nan), **options)
     axes.axhline(1, color="0.5", linewidth=1)
     axes.set(yscale="log", xlim=(0, 1), ylim=(lowest, highest), xlabel="codes, sorted by use (fraction of all)",
@@ -405,7 +407,7 @@ def codes_and_latents(records, models, images):
 def cell_radii(model, images):
     """Root mean squared distance from each code in use to its latents, (codes in use,)."""
     z, codebook = latents_of(model, images), model.quantizer.codebook
-    indices = vqvae.nearest_code(z, codebook)
+    indices = getattr(model.quantizer, "first", model.quantizer).nearest(z, len(z) // len(images))
     squared = (z - codebook[indices]).square().sum(1)
     sums = torch.zeros(len(codebook)).index_add_(0, indices, squared)
     counts = torch.bincount(indices, minlength=len(codebook))

@@ -48,8 +48,8 @@ def bits_per_pixel(model, indices, codebook_size, pixels):
     """
     per_image = indices[0].numel()
     histogram = vqvae.empty_histogram(model, codebook_size)
-    vqvae.count_codes(histogram, indices.to(histogram.device))
-    entropy = vqvae.codebook_metrics(histogram)["bits_per_index"]
+    vqvae.count_codes(histogram, model, indices.to(histogram.device))
+    entropy = vqvae.codebook_metrics(histogram, codebook_size)["bits_per_index"]
     return {"fixed_length": math.ceil(math.log2(codebook_size)) * per_image / pixels, "entropy": entropy * per_image / pixels}
 
 

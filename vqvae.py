@@ -13,6 +13,9 @@ Sources, cited below by name:
     Blahut 1972         Computation of channel capacity and rate-distortion functions, IEEE Trans. IT 18(4)
     Arimoto 1972        An algorithm for computing the capacity of arbitrary discrete memoryless channels
     Csiszar 1974        On the computation of rate-distortion functions, IEEE Trans. IT 20(1)
+    Ungerboeck 1982     Channel coding with multilevel/phase signals, IEEE Trans. IT 28(1)
+    Fischer 1991        Trellis-coded vector quantization, Fischer, Marcellin & Wang, IEEE Trans. IT 37(6)
+    Bahl 1974           Optimal decoding of linear codes for minimizing symbol error rate, IEEE Trans. IT 20(2)
     LeCun 1998          Efficient BackProp, section 4.6
     Rose 1998           Deterministic annealing for clustering, compression, classification, Proc. IEEE 86(11)
     Cuturi 2013         Sinkhorn distances: lightspeed computation of optimal transport, arXiv 1306.0895
@@ -27,6 +30,7 @@ import ctypes
 import dataclasses
 import datetime
 import fcntl
+import functools
 import hashlib
 import http.client
 import importlib.util
@@ -131,6 +135,8 @@ class Config:
     prediction: Optional[str] = option(None, "'checkerboard': every second latent is coded as the difference from what the codes "
                                        "around it tell, with codes of its own (default: so; cosine, vq_ema classical: none)",
                                        choices=("none", "checkerboard"))
+    trellis: str = option("none", "'4': the codes of an image are chosen jointly, along a path through a trellis of four states, "
+                          "each among codebook_size of twice as many codes", choices=("none", "4"))
     # training
     warmup_fraction: Optional[float] = option(None, "fraction of training before the quantizer joins in "
                                               "(default 0.1; vq_ema classical 0)", low=0, high=0.9)
@@ -171,6 +177,8 @@ class Config:
             raise UserError("prediction: differences have lengths, which cosine does not compare; use metric euclid")
         if self.prediction != "none" and self.image_size == self.downsample:
             raise UserError("prediction: an image of one latent has no neighbours to predict from; lower downsample")
+        if self.trellis != "none" and self.codebook_size % 2:
+            raise UserError(f"trellis: halves the codebook, so codebook_size {self.codebook_size} must be even")
         if self.ema_decay is None:
             object.__setattr__(self, "ema_decay", default_ema_decay(self))
         if self.warmup_fraction is None:
@@ -197,10 +205,12 @@ def default_ema_decay(config: Config) -> float:
     """
     if config.quantizer == "vq_ema" and config.vq_recipe == "classical":
         return 0.8
-    vectors_per_batch = config.batch_size * (config.image_size // config.downsample) ** 2
+    vectors_per_code = config.batch_size * (config.image_size // config.downsample) ** 2 / config.codebook_size
     if config.prediction != "none":  # a codebook sees half of them
-        vectors_per_batch //= 2
-    return round(max(0.9, 1 - math.sqrt(vectors_per_batch / config.codebook_size) / 28), 5)
+        vectors_per_code /= 2
+    if config.trellis != "none":  # and has twice the codes
+        vectors_per_code /= 2
+    return round(max(0.9, 1 - math.sqrt(vectors_per_code) / 28), 5)
 
 
 def _checked(field, value):
@@ -552,6 +562,126 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     return log_w + step / slope * ((1 - entropy_weight) * log_kq - log_w)
 
 
+# A trellis: the codes are four subsets, of which a latent may use two, by the state that the latents before it have led to.
+# One bit of its index says which of the two, the other bits which code there. So an index has K values, the codebook 2K codes,
+# and a path through it is chosen for all latents of an image together (Fischer 1991): cells of many dimensions are rounder.
+
+TRELLIS = ((0, 2), (1, 3), (2, 0), (3, 1))  # subset for a bit (column) in a state (row): 2 b'' + b', the two bits before it
+
+
+def _branches(subsets):
+    """Values of the four subsets (..., 4) -> of the branches (..., 4, 2), by state and bit."""
+    return torch.stack([subsets[..., subset] for row in TRELLIS for subset in row], -1).unflatten(-1, (4, 2))
+
+
+def cheapest_path(costs: torch.Tensor) -> torch.Tensor:
+    """Subsets (B, T) int64 of the path from state 0 with the least sum of costs (B, T, 4): Viterbi's algorithm."""
+    branches, choices = _branches(costs), []  # (B, T, 4, 2)
+    total = costs.new_full((len(costs), 4), math.inf)  # of the cheapest path to each state
+    total[:, 0] = 0
+    for t in range(costs.shape[1]):
+        # State 2b' + b is reached by bit b from the states 2b'' + b', b'' = 0 and 1.
+        total, choice = (total[:, :, None] + branches[:, t]).view(-1, 2, 2, 2).min(1)  # both (B, 2, 2)
+        total = total.flatten(1)
+        choices.append(choice.flatten(1))
+    state, path = total.argmin(1, keepdim=True), []  # (B, 1)
+    for choice in reversed(choices):
+        before = 2 * choice.gather(1, state) + (state >> 1)
+        path.append(2 * ((state & 1) ^ (before >> 1)) + (before & 1))  # TRELLIS[before][state & 1]
+        state = before
+    return torch.cat(path[::-1], 1)
+
+
+def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
+    """Log probability (B, T, 4) of each subset where a path has the product of its subsets' weights, log_weights (B, T, 4).
+
+    The forward-backward algorithm (Bahl 1974), from state 0; -inf for subsets out of reach.
+    """
+    branches = _branches(log_weights)  # (B, T, 4, 2)
+    forward, backward = [log_weights.new_full((len(log_weights), 4), -math.inf)], [log_weights.new_zeros(len(log_weights), 4)]
+    forward[0][:, 0] = 0
+    length = log_weights.shape[1]
+    for t in range(length - 1):
+        ahead = (forward[t][:, :, None] + branches[:, t]).view(-1, 2, 2, 2).logsumexp(1).flatten(1)  # (B, 4)
+        forward.append(ahead - ahead.amax(1, keepdim=True))
+        reached = backward[t].view(-1, 1, 2, 2).expand(-1, 2, 2, 2).flatten(1, 2)  # (B, 4, 2) by the state before and the bit
+        behind = (branches[:, length - 1 - t] + reached).logsumexp(2)
+        backward.append(behind - behind.amax(1, keepdim=True))
+    reached = torch.stack(backward[::-1], 1)  # (B, T, 4)
+    reached = reached.view(*reached.shape[:2], 1, 2, 2).expand(-1, -1, 2, 2, 2).flatten(2, 3)
+    joint = (torch.stack(forward, 1)[..., None] + branches + reached).flatten(2).log_softmax(2)  # (B, T, 8)
+    pairs = [[2 * state + row.index(subset) for state, row in enumerate(TRELLIS) if subset in row] for subset in range(4)]
+    return torch.stack([torch.logaddexp(joint[..., i], joint[..., j]) for i, j in pairs], -1)
+
+
+def path_numbers(indices: torch.Tensor, codebook_size: int) -> torch.Tensor:
+    """Numbers (B, T) in [0, 2K) of the codes that indices (B, T) in [0, K), one path a row, stand for."""
+    bits = indices // (codebook_size // 2)
+    before = F.pad(bits, (2, 0))  # (B, T + 2)
+    subsets = 2 * (bits ^ before[:, :-2]) + before[:, 1:-1]  # TRELLIS
+    return subsets * (codebook_size // 2) + indices % (codebook_size // 2)
+
+
+def path_indices(numbers: torch.Tensor, codebook_size: int) -> torch.Tensor:
+    """The inverse of `path_numbers`."""
+    subsets = numbers // (codebook_size // 2)  # 2 (b ^ b'') + b'
+    bits = (subsets >> 1) ^ F.pad(subsets & 1, (1, 0))[:, :-1]
+    return bits * (codebook_size // 2) + numbers % (codebook_size // 2)
+
+
+def _best_of_subsets(scores):
+    """Largest score (n, 4) in each quarter of scores (n, 2K), and its place there."""
+    best, place = _best(scores.view(4 * len(scores), -1))
+    return best.view(-1, 4), place.view(-1, 4)
+
+
+def _along_path(best, place, length, codes):
+    """(numbers (N,), score ()) of the nearest path, from `_best_of_subsets` of paths of `length` latents."""
+    subsets = cheapest_path(-2 * best.view(-1, length, 4)).view(-1, 1)  # (N, 1)
+    return (subsets * (codes // 4) + place.gather(1, subsets)).squeeze(1), best.gather(1, subsets).sum()
+
+
+def nearest_path(z, codebook, length):
+    """Numbers (N,) of the codes, one a row of z (N, D), of the path with the least sum of squared distances; codebook (2K, D).
+
+    A path is `length` rows.
+    """
+    halves = _half_norms(codebook)
+    found = [_best_of_subsets(_scores(chunk, codebook, halves)) for chunk in _chunks(z, len(codebook))]
+    best, place = (torch.cat(parts) for parts in zip(*found))  # (N, 4)
+    return _along_path(best, place, length, len(codebook))[0]
+
+
+def soft_assign_paths(z, codebook, log_w, temperature, length):
+    """`soft_assign` to the codes (2K, D) of paths of `length` rows of z (N, D): P of a path ~ the product of its codes' weights.
+
+    Returns Assignment, its indices being the codes' numbers along the nearest path.
+    """
+    halves, d, quarter = _half_norms(codebook), z.shape[1], len(codebook) // 4
+    prior = log_w.view(4, quarter)
+    top = prior.amax(1)  # (4,)
+    stats = z.new_zeros(d + 1, 4, quarter)
+    score, squares, numbers = z.new_zeros(()), z.new_zeros(()), []
+    rows = max(1, max(CHUNK_ELEMENTS[z.device.type], 1 << 22) // (len(codebook) * length)) * length  # whole paths
+    for chunk in z.split(rows):  # (n, D)
+        scores = _scores(chunk, codebook, halves)  # (n, 2K)
+        best, place = _best_of_subsets(scores)  # (n, 4)
+        number, its_score = _along_path(best, place, length, len(codebook))
+        numbers.append(number)
+        score += its_score
+        # Weights relative to the nearest code of a subset, whose own weight counts along the path. Below e^-60 they are slow on
+        # the CPU (denormal numbers) and nothing in a sum.
+        weights = scores.view(-1, 4, quarter).sub_(best[:, :, None]).mul_(2 / temperature).add_(prior - top[:, None]).clamp_(min=-60).exp_()
+        sums = weights.sum(2).clamp_min(1e-37)  # (n, 4)
+        gap = (2 / temperature * (best - best.amax(1, keepdim=True))).clamp_min(-1e6)  # finite at any temperature
+        share = path_posterior((gap + top + sums.log()).view(-1, length, 4)).exp().view(-1, 4) / sums  # (n, 4) P = share * weight
+        padded = F.pad(chunk, (0, 1), value=1.0).T  # (D + 1, n)
+        for subset in range(4):
+            stats[:, subset].addmm_(padded * share[:, subset], weights[:, subset])
+        squares += (share * torch.linalg.vector_norm(weights, dim=2)).square().sum()
+    return Assignment(torch.cat(numbers), stats.flatten(1).T.contiguous(), score, len(z) - squares)
+
+
 class Quantized(NamedTuple):
     """What a quantizer returns: the triple of vector-quantize-pytorch."""
 
@@ -584,10 +714,11 @@ class Quantizer(nn.Module):
     autocast says; statistics are summed over all processes; eval mode changes no state. The codes are
     zero until the first batch in training mode places them.
 
-    codebook_size K; dim D; metric 'euclid' (squared distance) or 'cosine' (the same on unit vectors);
+    codebook_size K: values of an index; dim D; metric 'euclid' (squared distance) or 'cosine' (the same on unit vectors);
     ema_decay in [0, 1); commitment_weight: of the mean of (z - z_q)^2 over vectors and dimensions, van den Oord 2017
     equation 3, for unit vectors of the mean of |z - z_q|^2, in [0, 4], since a dimension of theirs has little to vary;
-    restart_threshold: fraction of the mean EMA count below which a code is dead (0: never).
+    restart_threshold: fraction of the mean EMA count below which a code is dead (0: never); trellis: choose the codes of an
+    image along a path through TRELLIS, each among K of 2K codes (K even).
     Raises ValueError on a value outside its range.
     """
 
@@ -595,7 +726,7 @@ class Quantizer(nn.Module):
     ema: torch.Tensor
 
     def __init__(self, codebook_size: int, dim: int, metric: str = "euclid", ema_decay: float = 0.9,
-                 commitment_weight: float = 0.25, restart_threshold: float = 0.1) -> None:
+                 commitment_weight: float = 0.25, restart_threshold: float = 0.1, trellis: bool = False) -> None:
         super().__init__()
         if codebook_size < 1 or dim < 1 or metric not in ("euclid", "cosine"):
             raise ValueError(f"codebook_size {codebook_size} and dim {dim} must be positive, metric {metric!r} euclid or cosine")
@@ -604,14 +735,17 @@ class Quantizer(nn.Module):
         if not (0 <= ema_decay < 1 and 0 <= commitment_weight < math.inf and 0 <= restart_threshold <= 1):
             raise ValueError(f"ema_decay {ema_decay} must be in [0, 1), commitment_weight {commitment_weight} in [0, inf), "
                              f"restart_threshold {restart_threshold} in [0, 1]")
-        self.codebook_size, self.dim, self.metric = codebook_size, dim, metric
+        if trellis and codebook_size % 2:
+            raise ValueError(f"a trellis halves the codebook, so codebook_size {codebook_size} must be even")
+        self.codebook_size, self.dim, self.metric, self.trellis = codebook_size, dim, metric, trellis
+        codes = 2 * codebook_size if trellis else codebook_size
         self.ema_decay, self.commitment_weight, self.restart_threshold = ema_decay, commitment_weight, restart_threshold
         self.initialized = False
-        self.register_buffer("codebook", torch.zeros(codebook_size, dim))
-        self.register_buffer("ema", torch.zeros(codebook_size, dim + 1))  # per code: sum of vectors, count
+        self.register_buffer("codebook", torch.zeros(codes, dim))
+        self.register_buffer("ema", torch.zeros(codes, dim + 1))  # per code: sum of vectors, count
 
     def extra_repr(self):
-        return f"{self.codebook_size}, {self.dim}, metric={self.metric!r}, ema_decay={self.ema_decay}"
+        return f"{self.codebook_size}, {self.dim}, metric={self.metric!r}, ema_decay={self.ema_decay}, trellis={self.trellis}"
 
     def get_extra_state(self):  # in state_dict(); a host-side flag, so that forward needs no sync
         return {"initialized": self.initialized}
@@ -622,53 +756,64 @@ class Quantizer(nn.Module):
     def set_progress(self, progress: float) -> None:
         """Tell the quantizer how far training is, in [0, 1], for its schedules. Called every step; nothing to do here."""
 
-    def assign(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents z (N, D) -> nearest codes (N,), and per code [sum of vectors, count] (K, D + 1) over all processes."""
+    def assign(self, z: torch.Tensor, length: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents z (N, D) -> numbers of their codes (N,), and per code [sum of vectors, count] (codes, D + 1).
+
+        The sums are over all processes. length: of the paths, in rows of z, where there is a trellis.
+        """
         raise NotImplementedError
 
     def update(self, z: torch.Tensor, stats: torch.Tensor) -> None:
         """Move `ema` and `codebook` by the statistics of `assign`; dead codes may restart at rows of z (N, D)."""
         raise NotImplementedError
 
+    def code_numbers(self, indices: torch.Tensor) -> torch.Tensor:
+        """Which codes indices (B, ...) int64 in [0, K) stand for, in their shape: without a trellis those of the same number."""
+        return path_numbers(indices.flatten(1), self.codebook_size).view_as(indices) if self.trellis else indices
+
     def codes(self, indices: torch.Tensor) -> torch.Tensor:
-        """Look up codes: indices (...) int64 -> (..., D)."""
-        return F.embedding(indices, self.codebook)
+        """Look up codes: indices (B, ...) int64 -> (B, ..., D), with a trellis those of a path for each of B."""
+        return F.embedding(self.code_numbers(indices), self.codebook)
+
+    def nearest(self, z: torch.Tensor, length: int = 1) -> torch.Tensor:
+        """Numbers (N,) of the codes nearest to the rows of z (N, D); with a trellis, of the nearest paths of `length` rows."""
+        return nearest_path(z, self.codebook, length) if self.trellis else nearest_code(z, self.codebook)
 
     def forward(self, z: torch.Tensor) -> Quantized:
-        """z (B, D, H, W) or (N, D), any float dtype -> Quantized(z_q, indices, loss).
+        """z (B, D, H, W), (B, D, n) or (N, D), any float dtype -> Quantized(z_q, indices, loss).
 
         In training the first batch initialises the codebook, and every batch updates it after its
         own look-up. Raises ValueError on a wrong shape or an empty batch.
         """
-        if z.dim() not in (2, 4) or z.shape[1] != self.dim or z.numel() == 0:
+        if z.dim() not in (2, 3, 4) or z.shape[1] != self.dim or z.numel() == 0:
             raise ValueError(f"expected (B, {self.dim}, H, W) or (N, {self.dim}), not empty, got {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
-            rows = z.permute(0, 2, 3, 1) if z.dim() == 4 else z  # (..., D)
+            rows = z.movedim(1, -1)  # (B, ..., D)
+            length = rows[0].numel() // self.dim
             flat = self._on_sphere(rows.reshape(-1, self.dim).float())  # (N, D)
             if self.training:
-                quantized, indices = self._train_step(flat.detach())
+                quantized, numbers = self._train_step(flat.detach(), length)
             else:
-                indices = nearest_code(flat.detach(), self.codebook)  # (N,)
-                quantized = self.codes(indices)  # (N, D)
+                numbers = self.nearest(flat.detach(), length)  # (N,)
+                quantized = F.embedding(numbers, self.codebook)  # (N, D)
             loss = self.commitment_weight * F.mse_loss(flat, quantized)
             if self.metric == "cosine":  # unit vectors have 1/D of variance in each dimension, so theirs is the sum
                 loss = loss * self.dim
             if self.training:
                 quantized = flat + (quantized - flat).detach()  # straight-through estimator
-        z_q = quantized.view(rows.shape).to(z.dtype)
-        if z.dim() == 4:
-            z_q = z_q.permute(0, 3, 1, 2)  # (B, D, H, W)
+        z_q = quantized.view(rows.shape).to(z.dtype).movedim(-1, 1)
+        indices = path_indices(numbers.view(-1, length), self.codebook_size) if self.trellis else numbers
         return Quantized(z_q, indices.view(rows.shape[:-1]), loss)
 
     @torch.no_grad()
-    def _train_step(self, z):
+    def _train_step(self, z, length):
         if not self.initialized:
             self.initialize(z)
             self.initialized = True
-        indices, stats = self.assign(z)
-        quantized = self.codes(indices)  # before the update
+        numbers, stats = self.assign(z, length)
+        quantized = F.embedding(numbers, self.codebook)  # before the update
         self.update(z, stats)
-        return quantized, indices
+        return quantized, numbers
 
     def _on_sphere(self, vectors):
         return F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors
@@ -676,18 +821,18 @@ class Quantizer(nn.Module):
     def initialize(self, z):
         """Start the codes at different rows of z (N, D), with equal EMA counts."""
         self.codebook.copy_(self._on_sphere(self.distinct_rows(z)))
-        count = len(z) * world_size() / self.codebook_size
+        count = len(z) * world_size() / len(self.codebook)
         self.ema.copy_(F.pad(self.codebook, (0, 1), value=1.0) * count)
 
     def distinct_rows(self, z):
-        """K random rows of z (N, D) over all processes, (K, D), all different, also where K > N or rows repeat.
+        """A random row of z (N, D) over all processes for each code, all different, also where codes > N or rows repeat.
 
         Two equal codes would stay equal for ever, so each row is moved by about a tenth of a cell;
         copies of one row then split as the temperature falls (Rose 1998).
         """
         cell = self._expected_distortion(z)
         jitter = 0.1 * (cell / self.dim).sqrt() + 1e-4 * z.square().mean().sqrt() + 1e-12
-        rows = sample_rows(z, self.codebook_size) + jitter * torch.randn_like(self.codebook)
+        rows = sample_rows(z, len(self.codebook)) + jitter * torch.randn_like(self.codebook)
         if dist.is_initialized():
             dist.broadcast(rows, 0)
         return rows
@@ -720,10 +865,11 @@ class VQEMAQuantizer(Quantizer):
     """
 
     def __init__(self, codebook_size: int, dim: int, metric: str = "euclid", ema_decay: float = 0.9,
-                 commitment_weight: float = 0.25, restart_threshold: float = 0.1, recipe: str = "tuned") -> None:
+                 commitment_weight: float = 0.25, restart_threshold: float = 0.1, recipe: str = "tuned",
+                 trellis: bool = False) -> None:
         if recipe not in ("classical", "tuned"):
             raise ValueError(f"recipe {recipe!r} must be 'classical' or 'tuned'")
-        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold)
+        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold, trellis)
         self.recipe = recipe
 
     def initialize(self, z):
@@ -735,11 +881,11 @@ class VQEMAQuantizer(Quantizer):
             self.codebook.copy_(self._on_sphere(start))
             self.ema[:, :-1] = self.codebook * self.ema[:, -1:]
 
-    def assign(self, z):
+    def assign(self, z, length=1):
         """The nearest code of each latent, and the sums over the latents of each code."""
-        indices = nearest_code(z, self.codebook)
-        stats = torch.zeros_like(self.ema).index_add_(0, indices, F.pad(z, (0, 1), value=1.0))
-        return indices, all_reduce(stats)
+        numbers = self.nearest(z, length)
+        stats = torch.zeros_like(self.ema).index_add_(0, numbers, F.pad(z, (0, 1), value=1.0))
+        return numbers, all_reduce(stats)
 
     def update(self, z, stats):
         """Codes are the EMA centroids (van den Oord 2017, appendix A.1, with its Laplace smoothing in the public code)."""
@@ -748,7 +894,7 @@ class VQEMAQuantizer(Quantizer):
             self.restart_dead_codes(z)
         counts = self.ema[:, -1:]  # (K, 1)
         total, epsilon = counts.sum(), 1e-5
-        smoothed = (counts + epsilon) / (total + self.codebook_size * epsilon) * total  # Laplace
+        smoothed = (counts + epsilon) / (total + len(counts) * epsilon) * total  # Laplace
         codes = self.ema[:, :-1] / smoothed  # (K, D)
         if self.metric == "cosine":  # the sum of a code long dead has faded and gives no direction
             codes = torch.where(codes.norm(dim=1, keepdim=True) > 1e-6, F.normalize(codes, dim=1), self.codebook)
@@ -777,16 +923,16 @@ class BAQuantizer(Quantizer):
     def __init__(self, codebook_size: int, dim: int, metric: str = "euclid", ema_decay: float = 0.9,
                  commitment_weight: float = 0.25, restart_threshold: float = 0.1, entropy_weight: float = 10.0,
                  temperature_start: float = 0.2, temperature_end: float = 0.02, anneal_fraction: float = 0.5,
-                 ba_iters: int = 1) -> None:
+                 ba_iters: int = 1, trellis: bool = False) -> None:
         if not (entropy_weight >= 0 and 0 <= anneal_fraction <= 1 and ba_iters >= 1):
             raise ValueError(f"entropy_weight {entropy_weight} must be in [0, inf], anneal_fraction {anneal_fraction} in [0, 1], "
                              f"ba_iters {ba_iters} at least 1")
         if not (0 < temperature_start < math.inf and 0 < temperature_end < math.inf):
             raise ValueError(f"temperatures {temperature_start} and {temperature_end} must be above 0 and finite")
-        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold)
+        super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold, trellis)
         self.entropy_weight, self.ba_iters = entropy_weight, ba_iters
         self.temperature_start, self.temperature_end, self.anneal_fraction = temperature_start, temperature_end, anneal_fraction
-        self.register_buffer("log_w", torch.zeros(codebook_size))
+        self.register_buffer("log_w", torch.zeros(len(self.codebook)))
         self.register_buffer("temperature", torch.tensor(temperature_start))
         self.register_buffer("distortion", torch.tensor(1.0))  # EMA of the squared distance to the nearest code
 
@@ -800,11 +946,11 @@ class BAQuantizer(Quantizer):
         super().initialize(z)
         self.distortion.copy_(self._expected_distortion(z))
 
-    def assign(self, z):
+    def assign(self, z, length=1):
         """E-step and prior step; the sums are weighted by P(k|z)."""
         squared_norm = z.square().sum()
         tau = (self.temperature * self.distortion).clamp_min(1e-30)
-        soft = e_step(z.device, self.dim)
+        soft = functools.partial(soft_assign_paths, length=length) if self.trellis else e_step(z.device, self.dim)
         for _ in range(self.ba_iters):
             batch = soft(z, self.codebook, self.log_w, tau)
             distortion = (squared_norm - 2 * batch.score).clamp_min(0)
@@ -868,6 +1014,9 @@ class PredictiveQuantizer(nn.Module):
         super().__init__()
         if (first.codebook_size, first.dim) != (second.codebook_size, second.dim) or "cosine" in (first.metric, second.metric):
             raise ValueError("first and second must have the same codebook_size and dim, and metric 'euclid'")
+        if first.trellis != second.trellis:
+            raise ValueError("first and second must both have a trellis, or neither")
+        self.trellis = first.trellis
         self.first, self.second, self.codebook_size, self.dim = first, second, first.codebook_size, first.dim
         self.predictor = nn.Sequential(nn.Conv2d(self.dim + 1, hidden_dim, 5, padding=2), nn.ReLU(),
                                        nn.Conv2d(hidden_dim, self.dim, 1))
@@ -896,6 +1045,12 @@ class PredictiveQuantizer(nn.Module):
         with torch.autocast(codes.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return split_halves(self.predictor(grid).permute(0, 2, 3, 1))[1]
 
+    def code_numbers(self, indices: torch.Tensor) -> torch.Tensor:
+        """Which codes indices (B, H, W) int64 in [0, K) stand for, in their shape, those of the second half after the first's."""
+        first, second = split_halves(indices)
+        second = self.second.code_numbers(second) + len(self.first.codebook)
+        return join_halves(self.first.code_numbers(first), second, indices.shape[1:])
+
     @torch.no_grad()
     def codes(self, indices: torch.Tensor) -> torch.Tensor:
         """Look up codes: indices (B, H, W) int64 -> (B, H, W, D), predictions included; no gradient."""
@@ -913,12 +1068,12 @@ class PredictiveQuantizer(nn.Module):
             raise ValueError(f"expected (B, {self.dim}, H, W) of two latents or more, not empty, got {tuple(z.shape)}")
         size = z.shape[2:]
         first, second = split_halves(z.permute(0, 2, 3, 1).float())  # (B, n, D), (B, m, D)
-        first_codes, first_indices, first_loss = self.first(first.flatten(0, 1))
-        first_codes = first_codes.view_as(first)
+        first_codes, first_indices, first_loss = self.first(first.mT)
+        first_codes = first_codes.mT  # (B, n, D)
         predicted = self.predict(first_codes.detach(), size)  # (B, m, D)
-        second_codes, second_indices, second_loss = self.second((second - predicted.detach()).flatten(0, 1))
-        z_q = join_halves(first_codes, predicted.detach() + second_codes.view_as(second), size)  # (B, H, W, D)
-        indices = join_halves(first_indices.view(first.shape[:2]), second_indices.view(second.shape[:2]), size)
+        second_codes, second_indices, second_loss = self.second((second - predicted.detach()).mT)
+        z_q = join_halves(first_codes, predicted.detach() + second_codes.mT, size)  # (B, H, W, D)
+        indices = join_halves(first_indices, second_indices, size)
         share = second.shape[1] / (size[0] * size[1])
         loss = (1 - share) * first_loss + share * second_loss  # of the mean over all latents
         if self.training:
@@ -934,10 +1089,11 @@ def make_quantizer(config):
         return PredictiveQuantizer(make_quantizer(plain), make_quantizer(plain))
     common = (config.codebook_size, config.latent_dim, config.metric, config.ema_decay, config.commitment_weight,
               config.restart_threshold)
+    trellis = config.trellis != "none"
     if config.quantizer == "vq_ema":
-        return VQEMAQuantizer(*common, config.vq_recipe)
+        return VQEMAQuantizer(*common, config.vq_recipe, trellis)
     return BAQuantizer(*common, config.entropy_weight, config.temperature_start, config.temperature_end, config.anneal_fraction,
-                       config.ba_iters)
+                       config.ba_iters, trellis)
 
 
 def live_directions(covariance: torch.Tensor, bits: float) -> torch.Tensor:
@@ -1009,7 +1165,7 @@ class VQVAE(nn.Module):
         codebook = self.quantizer.codebook
         with torch.autocast(z.device.type, enabled=False):
             covariance = torch.cov(codebook.T, correction=0).view(codebook.shape[1], -1)
-        live = live_directions(covariance, math.log2(len(codebook))).to(z)  # (D, L)
+        live = live_directions(covariance, math.log2(self.quantizer.codebook_size)).to(z)  # (D, L)
 
         def live_norm(v):  # (B, D, H, W) -> (B,)
             with torch.autocast(z.device.type, enabled=False):
@@ -1311,15 +1467,17 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return similarity.mean((1, 2, 3))
 
 
-def codebook_metrics(histogram: torch.Tensor) -> dict[str, float]:
-    """Perplexity, usage and bits per index of a code histogram (K,), or of one for each half of the latents, (2, K).
+def codebook_metrics(histogram: torch.Tensor, codebook_size: int | None = None) -> dict[str, float]:
+    """Perplexity, usage and bits per index of a code histogram (codes,), or of one for each half of the latents, (2, codes).
 
-    With two it is the entropy of an index whose half is known.
+    With two it is the entropy of an index whose half is known. codebook_size K: how many of the codes an index can choose
+    (default: all); with a trellis half of them, so that its entropy is one bit less than that of the codes.
     """
     histogram = histogram.cpu().double()  # Apple GPUs have no float64
     p = histogram / histogram.sum()
     halves = p.sum(-1)
     entropy = (torch.special.xlogy(halves, halves).sum() - torch.special.xlogy(p, p).sum()).item()  # nats
+    entropy -= math.log(histogram.shape[-1] / (codebook_size or histogram.shape[-1]))
     return {
         "perplexity": math.exp(entropy),
         "usage_rate": (histogram > 0).double().mean().item(),
@@ -1328,16 +1486,17 @@ def codebook_metrics(histogram: torch.Tensor) -> dict[str, float]:
 
 
 def empty_histogram(model: VQVAE, codebook_size: int) -> torch.Tensor:
-    """Zeros for `count_codes`: (1, K) int64, or (2, K) where each half of the latents has codes of its own."""
+    """Zeros for `count_codes`: (1, codes) int64, or (2, codes) where each half of the latents has codes of its own."""
     codebooks = 2 if isinstance(model.quantizer, PredictiveQuantizer) else 1
-    return torch.zeros(codebooks, codebook_size, dtype=torch.int64, device=next(model.parameters()).device)
+    codes = 2 * codebook_size if getattr(model.quantizer, "trellis", False) else codebook_size
+    return torch.zeros(codebooks, codes, dtype=torch.int64, device=next(model.parameters()).device)
 
 
-def count_codes(histogram: torch.Tensor, indices: torch.Tensor) -> None:
-    """Add code indices (B, H, W) to a histogram (1, K) or (2, K), in place."""
-    if len(histogram) == 2:
-        indices = indices + histogram.shape[1] * checkerboard(indices.shape[1:], indices.device)
-    histogram.view(-1).scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))
+def count_codes(histogram: torch.Tensor, model: VQVAE, indices: torch.Tensor) -> None:
+    """Add the codes that indices (B, H, W) stand for to a histogram of `empty_histogram`, in place."""
+    code_numbers = getattr(model.quantizer, "code_numbers", lambda indices: indices)  # of peers: one code for each index
+    numbers = code_numbers(indices).flatten()
+    histogram.view(-1).scatter_add_(0, numbers, torch.ones_like(numbers))
 
 
 def evaluation_batch(images: torch.Tensor, device: torch.device) -> int:
@@ -1351,7 +1510,7 @@ def code_histogram(model: VQVAE, images: torch.Tensor, codebook_size: int) -> to
     histogram = empty_histogram(model, codebook_size)
     with eval_mode(model):
         for batch in images.split(evaluation_batch(images, histogram.device)):
-            count_codes(histogram, model.encode(to_float(batch.to(histogram.device))))
+            count_codes(histogram, model, model.encode(to_float(batch.to(histogram.device))))
     return histogram
 
 
@@ -1385,7 +1544,7 @@ def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size:
                                      (y - x).square().mean((1, 2, 3))], 1))  # (B, 4)
             distance = (z.float() - z_q.float()).square().sum(1).mean()
             latent_rows.append(torch.stack([loss.float(), distance]) * len(x))
-            count_codes(histogram, indices)
+            count_codes(histogram, model, indices)
     per_image = torch.cat(rows).cpu().double()  # (N, 4)
     loss, distance = (torch.stack(latent_rows).cpu().double().sum(0) / len(images)).tolist()
     mse = per_image[:, 0].mean()
@@ -1400,7 +1559,7 @@ def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size:
         "quantization_error": distance,
         "num_images": len(images),
         "num_indices": int(histogram.sum()),
-        **codebook_metrics(histogram),
+        **codebook_metrics(histogram, codebook_size),
     }
 
 
@@ -1936,7 +2095,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
                 x = to_float(train_set[batch])  # (B, 3, S, S)
                 losses[i], indices = take_step(model, optimizer, x, dtype, quantize=step >= warmup_steps)
                 if indices is not None:
-                    count_codes(histogram, indices)
+                    count_codes(histogram, model, indices)
                 step += 1
                 signum = signals.agreed(step)
                 if step % 100 == 0 or signum:
@@ -2029,7 +2188,7 @@ def epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype):
     used = all_reduce(histogram.clone())
     if used.sum() == 0:
         return record
-    record.update({f"train_{key}": value for key, value in codebook_metrics(used).items()})
+    record.update({f"train_{key}": value for key, value in codebook_metrics(used, config.codebook_size).items()})
     if len(val_set):
         metrics = evaluate(model, val_set, config.codebook_size, dtype=dtype)
         record.update({f"val_{key}": value for key, value in metrics.items()})
@@ -2057,7 +2216,7 @@ def finish_run(config, folder, model, train_set, test_set):
     say(f"testing on {len(test_set)} images")
     histogram = empty_histogram(model, config.codebook_size)
     metrics = evaluate(model, test_set, config.codebook_size, histogram=histogram)
-    on_train = codebook_metrics(code_histogram(model, train_set, config.codebook_size))
+    on_train = codebook_metrics(code_histogram(model, train_set, config.codebook_size), config.codebook_size)
     metrics.update({"usage_rate_train": on_train["usage_rate"], "perplexity_train": on_train["perplexity"]})
     metrics["perplexity_share"] = metrics["perplexity"] / config.codebook_size
     metrics["parameters"] = sum(p.numel() for p in model.parameters())

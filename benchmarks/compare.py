@@ -35,6 +35,7 @@ import vqvae  # noqa: E402
 CLASSICAL = ["--quantizer", "vq_ema", "--vq_recipe", "classical"]
 NO_WARMUP, NO_RESTARTS = ["--warmup_fraction", "0"], ["--restart_threshold", "0"]
 NO_PREDICTION = ["--prediction", "none"]
+TRELLIS = ["--trellis", "4"]
 VQ_EMA = ["--quantizer", "vq_ema", *NO_PREDICTION]
 
 
@@ -48,6 +49,10 @@ METHODS = {
     **{f"ba_vq_lambda{w:g}": ba_vq(w) for w in (0, 1, 3, 10, 30, 100, 300, math.inf)},
     "vq_ema_predictive": ["--quantizer", "vq_ema", "--prediction", "checkerboard"],
     **{f"ba_vq_lambda{w:g}_predictive": ba_vq(w, "checkerboard") for w in (10, 30, 100, math.inf)},
+    "vq_ema_trellis": [*VQ_EMA, *TRELLIS],
+    "vq_ema_predictive_trellis": ["--quantizer", "vq_ema", "--prediction", "checkerboard", *TRELLIS],
+    "ba_vq_lambda10_trellis": [*ba_vq(), *TRELLIS],
+    **{f"ba_vq_lambda{w:g}_predictive_trellis": [*ba_vq(w, "checkerboard"), *TRELLIS] for w in (10, 100, math.inf)},
     # One factor at a time between the two recipes: what keeps the codes of a large codebook alive (FINDINGS.md).
     "vq_ema_classical_decay": [*CLASSICAL, "--ema_decay", "0.97475"],  # that of the tuned recipe at K = 16,384
     "vq_ema_classical_warmup": [*CLASSICAL, "--warmup_fraction", "0.1"],
@@ -268,7 +273,7 @@ def parse(argv):
                                               (options.codebook_sizes, options.latent_dims, options.seeds))]
     except ValueError as error:
         raise vqvae.UserError(f"codebook_sizes, latent_dims, seeds: expected numbers with commas between ({error})") from error
-    fixed = {"--quantizer", "--prediction", "--codebook_size", "--latent_dim", "--seed", "--name"}
+    fixed = {"--quantizer", "--prediction", "--trellis", "--codebook_size", "--latent_dim", "--seed", "--name"}
     fixed &= {word.split("=")[0] for word in extra}
     if fixed:
         raise vqvae.UserError(f"{min(fixed)}: set by the grid; use --methods, --codebook_sizes, --latent_dims, --seeds")

@@ -113,7 +113,7 @@ def project_epoch(config, images, device, quantize=True, pipeline=True):
             x = vqvae.to_float(images[order[i * config.batch_size:(i + 1) * config.batch_size]]) if pipeline else fixed
             _, indices = take_step(model, optimizer, x, dtype, quantize=quantize)
             if pipeline and indices is not None:
-                vqvae.count_codes(histogram, indices)
+                vqvae.count_codes(histogram, model, indices)
     return epoch, model
 
 

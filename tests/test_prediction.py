@@ -166,7 +166,7 @@ def test_halves_of_a_grid(size):
 def test_counts_and_metrics_of_two_codebooks():
     model = vqvae.make_model(Config(codebook_size=4, hidden_dim=4, latent_dim=2, prediction="checkerboard"))
     histogram = vqvae.empty_histogram(model, 4)
-    vqvae.count_codes(histogram, torch.tensor([[[0, 3], [3, 1]], [[2, 3], [3, 3]]]))
+    vqvae.count_codes(histogram, model, torch.tensor([[[0, 3], [3, 1]], [[2, 3], [3, 3]]]))
     assert histogram.tolist() == [[1, 1, 1, 1], [0, 0, 0, 4]]
     # the first half's codes tell 2 bits, the second half's none; pooled over halves it would be 5 bits in 8 codes
     metrics = vqvae.codebook_metrics(histogram)
