@@ -671,9 +671,10 @@ def soft_assign_paths(z, codebook, log_w, temperature, length):
         score += its_score
         # Weights relative to the nearest code of a subset, whose own weight counts along the path. Below e^-60 they are slow on
         # the CPU (denormal numbers) and nothing in a sum.
-        weights = scores.view(-1, 4, quarter).sub_(best[:, :, None]).mul_(2 / temperature).add_(prior - top[:, None]).clamp_(min=-60).exp_()
+        weights = scores.view(-1, 4, quarter).sub_(best[:, :, None]).mul_(2 / temperature).add_(prior - top[:, None])
+        weights.clamp_(min=-60).exp_()
         sums = weights.sum(2).clamp_min(1e-37)  # (n, 4)
-        gap = (2 / temperature * (best - best.amax(1, keepdim=True))).clamp_min(-1e6)  # finite at any temperature
+        gap = (2 / temperature * (best - best.amax(1, keepdim=True))).clamp_min(-1e35)  # finite at any temperature
         share = path_posterior((gap + top + sums.log()).view(-1, length, 4)).exp().view(-1, 4) / sums  # (n, 4) P = share * weight
         padded = F.pad(chunk, (0, 1), value=1.0).T  # (D + 1, n)
         for subset in range(4):
@@ -786,7 +787,8 @@ class Quantizer(nn.Module):
         own look-up. Raises ValueError on a wrong shape or an empty batch.
         """
         if z.dim() not in (2, 3, 4) or z.shape[1] != self.dim or z.numel() == 0:
-            raise ValueError(f"expected (B, {self.dim}, H, W) or (N, {self.dim}), not empty, got {tuple(z.shape)}")
+            raise ValueError(f"expected (B, {self.dim}, H, W), (B, {self.dim}, n) or (N, {self.dim}), not empty, "
+                             f"got {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
             rows = z.movedim(1, -1)  # (B, ..., D)
             length = rows[0].numel() // self.dim

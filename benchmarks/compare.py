@@ -68,12 +68,15 @@ RESULTS = ROOT / "results" / "compare"
 GAUSSIAN = ROOT / "results" / "gaussian_source.json"  # gaussian_source.py writes it
 REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of this project only)
 COLOURS, MARKERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "s^Dv"  # every pair of them once in 20 methods
-LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_predictive": "VQ-EMA tuned, with prediction",
+LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_predictive": "VQ-EMA tuned, prediction",
+          "vq_ema_trellis": "VQ-EMA tuned, trellis", "vq_ema_predictive_trellis": "VQ-EMA tuned, prediction and trellis",
           "vq_ema_classical": "VQ-EMA classical", "lib_ema": "VQ-EMA, k-means start, expiry",
           "cvq": "CVQ-VAE", "lib_rotation": "VQ-EMA, rotation trick", "lib_cosine": "VQ-EMA, cosine", "lib_simvq": "SimVQ",
           "lib_fsq": "FSQ", "sinkhorn": "Sinkhorn (OptVQ)", "wasserstein": "Wasserstein VQ"}  # in the figure
-CURVES = {"none": dict(color="#0072B2", label="BA-VQ over λ, without prediction"),
-          "checkerboard": dict(color="black", label="BA-VQ over λ, with prediction")}
+CURVES = {("none", "none"): dict(color="#0072B2", label="BA-VQ over λ"),  # (prediction, trellis)
+          ("checkerboard", "none"): dict(color="black", label="BA-VQ over λ, prediction"),
+          ("none", "4"): dict(color="#8C564B", label="BA-VQ over λ, trellis"),
+          ("checkerboard", "4"): dict(color="#7B1FA2", label="BA-VQ over λ, prediction and trellis")}
 REFERENCE = "vq_ema"  # differences are taken to this method, seed by seed
 SHARED = ("train_subset", "test_subset", "val_size", "image_size", "downsample", "batch_size", "lr")  # within a table
 
@@ -209,7 +212,7 @@ def summary():
 def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, epochs=10):
     """PNG: PSNR against the entropy of the indices, means over the seeds that all have.
 
-    BA-VQ is a curve over lambda for each K, with prediction and without, the other methods are points.
+    BA-VQ is a curve over lambda for each K, with prediction or a trellis and without, the other methods are points.
 
     Left everything, with Shannon's curve of a Gaussian source from GAUSSIAN; right the neighbourhood of the longest curve.
     """
@@ -220,22 +223,22 @@ def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, epochs=10):
         shared = set.intersection(*map(set, methods.values()))  # seeds
         if (dataset, *rest) != ("cifar10", dim, hidden, blocks, epochs) or not shared:
             continue
-        found = {prediction: [] for prediction in CURVES}  # lists of (lambda, rate, quality)
+        found = {kind: [] for kind in CURVES}  # lists of (lambda, rate, quality)
         for name, runs in sorted(methods.items()):
             rate = statistics.mean(runs[seed]["bits_per_index"] for seed in shared)
             quality = statistics.mean(runs[seed]["psnr"] for seed in shared)
             if name.startswith("ba_vq_lambda"):
                 config = next(iter(runs.values()))["config"]
-                found[config["prediction"]].append((float(config["entropy_weight"]), rate, quality))
+                found[config["prediction"], config["trellis"]].append((float(config["entropy_weight"]), rate, quality))
                 continue
             looks.setdefault(name, dict(color=COLOURS[len(looks) % len(COLOURS)], marker=MARKERS[len(looks) % len(MARKERS)]))
             for axes in both:
                 axes.plot(rate, quality, linestyle="none", markersize=6, label=LABELS.get(name, name), **looks[name])
-        found = {prediction: sorted(curve) for prediction, curve in found.items() if curve}
+        found = {kind: sorted(curve) for kind, curve in found.items() if curve}
         curves += found.values()
         for axes in both:
-            for prediction, curve in found.items():
-                axes.plot(*zip(*[point[1:] for point in curve]), "o-", zorder=3, **CURVES[prediction])
+            for kind, curve in found.items():
+                axes.plot(*zip(*[point[1:] for point in curve]), "o-", zorder=3, **CURVES[kind])
             axes.axvline(math.log2(size), color="0.6", linestyle=":", linewidth=1)
             axes.annotate(f"K={size}", (math.log2(size), 0.02), xycoords=("data", "axes fraction"), fontsize=8, rotation=90,
                           ha="right", annotation_clip=True)

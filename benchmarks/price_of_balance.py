@@ -112,8 +112,9 @@ def price(path, weights, passes, seed):
     """The record of one run: theory, and VQ-EMA and BA-VQ fitted to its latents."""
     model, config = vqvae.load_model(path)
     train_images, val_images = vqvae.training_images(config)
-    if len(val_images) == 0 or config.metric != "euclid" or config.prediction != "none":
-        raise vqvae.UserError(f"{path}: needs a run with validation images (--val_size 5000), metric euclid and prediction none")
+    if len(val_images) == 0 or config.metric != "euclid" or (config.prediction, config.trellis) != ("none", "none"):
+        raise vqvae.UserError(f"{path}: needs a run with validation images (--val_size 5000), metric euclid, prediction none "
+                              "and trellis none")
     with vqvae.eval_mode(model):
         z = torch.cat([analysis.latents_of(model, images) for images in train_images[:10000].split(500)])  # (N, D)
         plain = unquantized_psnr(model, val_images)

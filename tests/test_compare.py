@@ -127,18 +127,21 @@ def test_summary_by_hand(results, tiny_config):
                                    ["--jobs", "0"], ["--seed", "1"], ["--codebook_size=64"], ["--seeds", "0,-1"],
                                    ["--codebook_sizes", "0"], ["--dry_run"],
                                    ["--methods", "cvq", "--metric", "cosine"], ["--prediction", "checkerboard"],
+                                   ["--trellis", "4"],
                                    ["--methods", "vq_ema,lib_fsq", "--codebook_sizes", "500"]])
 def test_bad_words(words, results, capsys):
     assert vqvae.run_command(lambda: compare.main(words)) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not list(results.iterdir())
 
 
-def test_rate_distortion_curves_with_and_without_prediction(results, tiny_config, tmp_path, monkeypatch):
+def test_rate_distortion_curves_with_and_without_prediction_and_trellis(results, tiny_config, tmp_path, monkeypatch):
     config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, epochs=10).to_dict()
-    for number, (weight, prediction) in enumerate([(10.0, "none"), (1.0, None), (10.0, "checkerboard"), (3.0, "checkerboard")]):
-        changed = {**config, "entropy_weight": weight, "prediction": prediction}
-        if prediction is None:  # from before it existed
-            del changed["prediction"]
+    kinds = [(10.0, "none", "none"), (1.0, None, None), (10.0, "checkerboard", "none"), (3.0, "checkerboard", "none"),
+             (3.0, "checkerboard", "4"), (3.0, "none", "4")]
+    for number, (weight, prediction, trellis) in enumerate(kinds):
+        changed = {**config, "entropy_weight": weight, "prediction": prediction, "trellis": trellis}
+        if prediction is None:  # from before there were any
+            del changed["prediction"], changed["trellis"]
         record = {"method": f"ba_vq_lambda{number}", "seed": 0, "psnr": 20 + number, "bits_per_index": 3 + number / 10,
                   "config": changed}
         (results / f"{number}.json").write_text(json.dumps(record))
@@ -146,7 +149,8 @@ def test_rate_distortion_curves_with_and_without_prediction(results, tiny_config
     monkeypatch.setattr(compare, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
     compare.rate_distortion_figure(tmp_path / "figure.png")
     lines = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[0].lines}
-    assert lines[compare.CURVES["none"]["label"]] == [21, 20] and lines[compare.CURVES["checkerboard"]["label"]] == [23, 22]
+    labels = [curve["label"] for curve in compare.CURVES.values()]
+    assert [lines[label] for label in labels] == [[21, 20], [23, 22], [25], [24]]
 
 
 def test_rate_distortion_figure(results, tiny_config, tmp_path, monkeypatch):

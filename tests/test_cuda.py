@@ -73,10 +73,12 @@ def test_memory_of_a_step_is_bounded(k, fused, monkeypatch):
     assert torch.cuda.max_memory_allocated() - before < 256 * 2**20 + 20 * 4 * (z.numel() + 9 * k)
 
 
+@pytest.mark.parametrize("trellis", ["none", "4"])
 @pytest.mark.parametrize("prediction", ["none", "checkerboard"])
 @pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
-def test_a_step_never_waits_for_the_device(quantizer, prediction):
-    config = vqvae.Config(hidden_dim=16, latent_dim=8, codebook_size=64, quantizer=quantizer, prediction=prediction)
+def test_a_step_never_waits_for_the_device(quantizer, prediction, trellis):
+    config = vqvae.Config(hidden_dim=16, latent_dim=8, codebook_size=64, quantizer=quantizer, prediction=prediction,
+                          trellis=trellis)
     model = vqvae.make_model(config).cuda().train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     x = torch.rand(16, 3, 32, 32, device="cuda")
@@ -90,11 +92,12 @@ def test_a_step_never_waits_for_the_device(quantizer, prediction):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("trellis", ["none", "4"])
 @pytest.mark.parametrize("prediction", ["none", "checkerboard"])
 @pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
-def test_replayed_steps_are_the_steps(quantizer, prediction):
+def test_replayed_steps_are_the_steps(quantizer, prediction, trellis):
     config = vqvae.Config(hidden_dim=16, latent_dim=8, codebook_size=2048, quantizer=quantizer, prediction=prediction,
-                          ema_decay=0.5)
+                          trellis=trellis, ema_decay=0.5)
     torch.use_deterministic_algorithms(True, warn_only=True)  # or the sums over latents differ from run to run
     images = torch.rand(12, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0)).cuda()  # 1024 latents: codes restart
     results = []

@@ -196,11 +196,12 @@ def test_shapes_and_lookup():
         out = quantizer(torch.randn(2, 4, 3, 5))
         assert out.z_q.shape == (2, 4, 3, 5) and out.indices.shape == (2, 3, 5) and out.loss.shape == ()
         assert torch.equal(quantizer.codes(out.indices).permute(0, 3, 1, 2), out.z_q)
-        rows = quantizer(torch.randn(6, 4))
+        rows, lines = quantizer(torch.randn(6, 4)), quantizer(torch.randn(3, 4, 2))
         assert rows.z_q.shape == (6, 4) and rows.indices.shape == (6,)
+        assert lines.z_q.shape == (3, 4, 2) and lines.indices.shape == (3, 2)
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (0, 4, 2, 2), (2, 4, 0, 2), (4,), (2, 3, 4, 4), (2, 4, 3)])
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (0, 4, 2, 2), (2, 4, 0, 2), (4,), (2, 3, 4, 4), (2, 3, 4), (2, 4, 1, 1, 1)])
 def test_wrong_shapes_are_refused(shape):
     with pytest.raises(ValueError, match="expected"):
         BAQuantizer(8, 4).train()(torch.randn(shape))

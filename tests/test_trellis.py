@@ -1,0 +1,182 @@
+"""Codes along a path through a trellis: every path tried by hand, and what a quantizer, a run and its files make of it."""
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import analysis
+import export_codes
+import vqvae
+from vqvae import TRELLIS, BAQuantizer, PredictiveQuantizer, VQEMAQuantizer
+
+
+def all_paths(length):
+    """{subsets of the path: its bits} of every path from state 0."""
+    paths = {}
+    for bits in itertools.product((0, 1), repeat=length):
+        state, subsets = 0, []
+        for bit in bits:
+            subsets.append(TRELLIS[state][bit])
+            state = 2 * (state % 2) + bit
+        paths[tuple(subsets)] = bits
+    return paths
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 6])
+def test_the_cheapest_of_all_paths(length):
+    costs = torch.rand(5, length, 4)
+    for found, cost in zip(vqvae.cheapest_path(costs), costs):
+        assert tuple(found.tolist()) == min(all_paths(length), key=lambda path: sum(cost[t, s] for t, s in enumerate(path)))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 6])
+def test_the_posterior_over_all_paths(length):
+    log_weights = 3 * torch.randn(5, length, 4)
+    paths = list(all_paths(length))
+    for found, log_weight in zip(vqvae.path_posterior(log_weights), log_weights):
+        chances = torch.stack([sum(log_weight[t, s] for t, s in enumerate(path)) for path in paths]).softmax(0)
+        expected = torch.zeros(length, 4)
+        for path, chance in zip(paths, chances):
+            for t, subset in enumerate(path):
+                expected[t, subset] += chance
+        assert torch.allclose(found.exp(), expected, atol=1e-5)
+
+
+def test_an_index_is_a_bit_and_a_place_in_its_subset():
+    paths, half = all_paths(5), 3
+    numbers = torch.tensor(list(paths)) * half + torch.randint(0, half, (len(paths), 5))
+    indices = vqvae.path_indices(numbers, 2 * half)
+    assert (indices // half).tolist() == [list(bits) for bits in paths.values()] and torch.equal(indices % half, numbers % half)
+    assert torch.equal(vqvae.path_numbers(indices, 2 * half), numbers)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 1e-3])
+def test_soft_assignments_by_hand(temperature):
+    length, dim, quarter = 3, 2, 3
+    z, codebook, log_w = (torch.randn(shape, dtype=torch.float64) for shape in ((2 * length, dim), (4 * quarter, dim),
+                                                                                (4 * quarter,)))
+    distances = torch.cdist(z, codebook).square()
+    P, nearest = torch.zeros(2 * length, 4 * quarter, dtype=torch.float64), []
+    for start in (0, length):
+        choices = [tuple(subset * quarter + place for subset, place in zip(path, places))
+                   for path in all_paths(length) for places in itertools.product(range(quarter), repeat=length)]
+        log_weights = [sum(log_w[k] - distances[start + t, k] / temperature for t, k in enumerate(codes)) for codes in choices]
+        for codes, chance in zip(choices, torch.stack(log_weights).softmax(0)):
+            for t, k in enumerate(codes):
+                P[start + t, k] += chance
+        nearest += min(choices, key=lambda codes: sum(distances[start + t, k] for t, k in enumerate(codes)))
+    got = vqvae.soft_assign_paths(z, codebook, log_w, torch.tensor(temperature, dtype=torch.float64), length)
+    assert got.indices.tolist() == nearest == vqvae.nearest_path(z, codebook, length).tolist()
+    assert torch.allclose(got.stats, torch.cat([P.T @ z, P.sum(0)[:, None]], 1))
+    assert torch.allclose(got.overlap, len(z) - P.square().sum())
+    distortion = distances[torch.arange(len(z)), torch.tensor(nearest)].sum()
+    assert torch.allclose(z.square().sum() - 2 * got.score, distortion)
+
+
+@pytest.mark.parametrize("log_w", [torch.zeros(16), torch.arange(16) * 100.0])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1.0, 1e30])
+def test_soft_assignments_are_finite_at_any_temperature(temperature, log_w):
+    z = torch.randn(24, 3)
+    got = vqvae.soft_assign_paths(z, torch.randn(16, 3), log_w, torch.tensor(temperature), 8)
+    assert got.stats.isfinite().all() and got.stats[:, -1].sum().item() == pytest.approx(24, rel=1e-4)
+    if temperature == 1e-30 and not log_w.any():
+        assert torch.equal(got.stats[:, -1].round(), torch.bincount(got.indices, minlength=16).float())
+
+
+def test_chunks_change_nothing(monkeypatch):
+    z, codebook, log_w = torch.randn(4096, 4), torch.randn(4096, 4), torch.randn(4096)
+    whole = vqvae.soft_assign_paths(z, codebook, log_w, torch.tensor(0.5), 32)
+    parts = [vqvae.soft_assign_paths(part, codebook, log_w, torch.tensor(0.5), 32) for part in z.split(320)]
+    assert torch.equal(whole.indices, torch.cat([part.indices for part in parts]))
+    assert torch.allclose(whole.stats, sum(part.stats for part in parts), rtol=1e-4, atol=1e-4)
+
+
+def trained(kind, trellis, steps=80, **options):
+    """A quantizer of 16 codes an index on Gaussian latents (32, 4, 4, 4), and fresh such latents."""
+    quantizer = kind(16, 4, trellis=trellis, **options).train()
+    for step in range(steps):
+        quantizer.set_progress(step / steps)
+        quantizer(torch.randn(32, 4, 4, 4))
+    return quantizer.eval(), torch.randn(64, 4, 4, 4)
+
+
+@pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
+def test_a_trellis_has_less_error_at_the_same_rate(kind):
+    errors = []
+    for trellis in (False, True):
+        quantizer, z = trained(kind, trellis)
+        z_q, indices, _ = quantizer(z)
+        assert indices.min() >= 0 and indices.max() < 16 and len(quantizer.codebook) == (32 if trellis else 16)
+        assert torch.equal(quantizer.codes(indices).permute(0, 3, 1, 2), z_q)
+        errors.append((z - z_q).square().mean())
+    assert errors[1] < 0.95 * errors[0]  # 0.2 dB
+
+
+def test_balance_reaches_every_code_of_the_trellis():
+    quantizer, z = trained(BAQuantizer, True, steps=300, entropy_weight=math.inf)
+    share = torch.bincount(quantizer.code_numbers(quantizer(z).indices).flatten(), minlength=32) / z[:, 0].numel()
+    assert share.min() > 0.015 and share.max() < 0.06  # of 1/32
+
+
+def test_paths_do_not_leave_their_image():
+    quantizer, z = trained(VQEMAQuantizer, True)
+    whole, last = quantizer(z), quantizer(z[-1:])
+    assert torch.equal(whole.indices[-1:], last.indices) and torch.equal(whole.z_q[-1:], last.z_q)
+
+
+@pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
+def test_with_prediction_each_half_has_a_path(kind):
+    quantizer = PredictiveQuantizer(kind(8, 3, trellis=True), kind(8, 3, trellis=True)).train()
+    z = torch.randn(6, 3, 5, 4)
+    for _ in range(3):
+        quantizer(z)
+    z_q, indices, _ = quantizer.eval()(z)
+    assert torch.allclose(quantizer.codes(indices).permute(0, 3, 1, 2), z_q, atol=1e-6)
+    first, _ = vqvae.split_halves(z.permute(0, 2, 3, 1))  # (B, n, D)
+    assert torch.equal(vqvae.split_halves(indices)[0], quantizer.first(first.mT).indices)
+    first, second = vqvae.split_halves(quantizer.code_numbers(indices))
+    assert first.max() < 16 <= second.min() and second.max() < 32
+    with pytest.raises(ValueError, match="trellis"):
+        PredictiveQuantizer(kind(8, 3, trellis=True), kind(8, 3))
+
+
+def test_perplexity_is_of_the_codes_that_an_index_can_choose():
+    assert vqvae.codebook_metrics(torch.full((2, 32), 5), 16) == pytest.approx(
+        {"perplexity": 16, "usage_rate": 1, "bits_per_index": 4})
+
+
+@pytest.mark.parametrize("settings", [dict(codebook_size=15), dict(trellis="8")])
+def test_bad_settings(settings):
+    with pytest.raises(vqvae.UserError, match="trellis"):
+        vqvae.Config(**{"trellis": "4", **settings})
+
+
+def test_odd_codebooks_are_refused():
+    with pytest.raises(ValueError, match="even"):
+        VQEMAQuantizer(15, 4, trellis=True)
+
+
+@pytest.mark.parametrize(("quantizer", "prediction"), [("vq_ema", "none"), ("ba_vq", "checkerboard")])
+def test_a_run_its_metrics_and_its_codes(tiny_config, tmp_path, quantizer, prediction):
+    config = tiny_config(trellis="4", quantizer=quantizer, prediction=prediction, epochs=3)
+    metrics = vqvae.train(config)
+    folder = Path(config.out_dir) / config.name
+    model, loaded = vqvae.load_model(folder / "final_model.pt")
+    images = vqvae.test_images(loaded)
+    assert vqvae.evaluate(model, images, 16) == {key: metrics[key] for key in vqvae.evaluate(model, images, 16)}
+    histogram = vqvae.code_histogram(model, images, 16)
+    assert histogram.shape == ((2 if prediction == "checkerboard" else 1), 32) and histogram.sum() == metrics["num_indices"]
+    assert metrics["perplexity"] <= 16 and metrics["usage_rate"] == (histogram > 0).double().mean()
+    record, = analysis.load_runs([folder])
+    assert record["method"].endswith("trellis")
+    analysis.main([str(folder)])
+    export_codes.main(["encode", "--checkpoint", str(folder / "final_model.pt"), "--output", str(tmp_path / "codes.npz")])
+    indices = np.load(tmp_path / "codes.npz")["indices"]
+    assert indices.max() < 16
+    with torch.no_grad():
+        x = vqvae.to_float(images)
+        assert torch.allclose(model.decode(torch.from_numpy(indices.astype(np.int64))), model(x).images.clamp(0, 1), atol=1e-5)
