@@ -658,8 +658,6 @@ def soft_assign_paths(z, codebook, log_w, temperature, length):
     Returns Assignment, its indices being the codes' numbers along the nearest path.
     """
     halves, d, quarter = _half_norms(codebook), z.shape[1], len(codebook) // 4
-    prior = log_w.view(4, quarter)
-    top = prior.amax(1)  # (4,)
     stats = z.new_zeros(d + 1, 4, quarter)
     score, squares, numbers = z.new_zeros(()), z.new_zeros(()), []
     rows = max(1, max(CHUNK_ELEMENTS[z.device.type], 1 << 22) // (len(codebook) * length)) * length  # whole paths
@@ -669,11 +667,10 @@ def soft_assign_paths(z, codebook, log_w, temperature, length):
         number, its_score = _along_path(best, place, length, len(codebook))
         numbers.append(number)
         score += its_score
-        # Weights relative to the nearest code of a subset, whose own weight counts along the path. Below e^-60 they are slow on
-        # the CPU (denormal numbers) and nothing in a sum.
-        weights = scores.view(-1, 4, quarter).sub_(best[:, :, None]).mul_(2 / temperature).add_(prior - top[:, None])
-        weights.clamp_(min=-60).exp_()
-        sums = weights.sum(2).clamp_min(1e-37)  # (n, 4)
+        weights = scores.view(-1, 4, quarter).sub_(best[:, :, None]).mul_(2 / temperature).add_(log_w.view(4, quarter))
+        top = weights.amax(2)  # (n, 4)
+        weights.sub_(top[:, :, None]).clamp_(min=-60).exp_()  # what is smaller is slow on the CPU (denormal) and nothing in a sum
+        sums = weights.sum(2)  # (n, 4)
         gap = (2 / temperature * (best - best.amax(1, keepdim=True))).clamp_min(-1e35)  # finite at any temperature
         share = path_posterior((gap + top + sums.log()).view(-1, length, 4)).exp().view(-1, 4) / sums  # (n, 4) P = share * weight
         padded = F.pad(chunk, (0, 1), value=1.0).T  # (D + 1, n)

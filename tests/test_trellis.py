@@ -54,11 +54,13 @@ def test_an_index_is_a_bit_and_a_place_in_its_subset():
     assert torch.equal(vqvae.path_numbers(indices, 2 * half), numbers)
 
 
+@pytest.mark.parametrize("prior", [1, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 1e-3])
-def test_soft_assignments_by_hand(temperature):
+def test_soft_assignments_by_hand(temperature, prior):
     length, dim, quarter = 3, 2, 3
     z, codebook, log_w = (torch.randn(shape, dtype=torch.float64) for shape in ((2 * length, dim), (4 * quarter, dim),
                                                                                 (4 * quarter,)))
+    log_w *= prior
     distances = torch.cdist(z, codebook).square()
     P, nearest = torch.zeros(2 * length, 4 * quarter, dtype=torch.float64), []
     for start in (0, length):
