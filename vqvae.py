@@ -177,6 +177,8 @@ class Config:
             raise UserError("prediction: differences have lengths, which cosine does not compare; use metric euclid")
         if self.prediction != "none" and self.image_size == self.downsample:
             raise UserError("prediction: an image of one latent has no neighbours to predict from; lower downsample")
+        if self.trellis != "none" and self.image_size == self.downsample:
+            raise UserError("trellis: an image of one latent has no path to choose; lower downsample")
         if self.trellis != "none" and self.codebook_size % 2:
             raise UserError(f"trellis: halves the codebook, so codebook_size {self.codebook_size} must be even")
         if self.ema_decay is None:
@@ -205,12 +207,9 @@ def default_ema_decay(config: Config) -> float:
     """
     if config.quantizer == "vq_ema" and config.vq_recipe == "classical":
         return 0.8
-    vectors_per_code = config.batch_size * (config.image_size // config.downsample) ** 2 / config.codebook_size
-    if config.prediction != "none":  # a codebook sees half of them
-        vectors_per_code /= 2
-    if config.trellis != "none":  # and has twice the codes
-        vectors_per_code /= 2
-    return round(max(0.9, 1 - math.sqrt(vectors_per_code) / 28), 5)
+    vectors = config.batch_size * (config.image_size // config.downsample) ** 2 // (2 if config.prediction != "none" else 1)
+    codes = config.codebook_size * (2 if config.trellis != "none" else 1)
+    return round(max(0.9, 1 - math.sqrt(vectors / codes) / 28), 5)
 
 
 def _checked(field, value):
@@ -539,11 +538,14 @@ def soft_assign(z, codebook, log_w, temperature):
 
 
 def e_step(device, dim):
-    """The E-step for latents (N, dim): `soft_assign`, or its fused form (kernels.py) on GPUs from Ampere on that have Triton."""
+    """The E-step for latents (N, dim): `soft_assign`, or vqvae_kernels.py's, which is fused.
+
+    That is for D up to FUSED_UP_TO, GPUs from Ampere on, where Triton is installed and the file lies beside this one.
+    """
     if (device.type == "cuda" and dim <= FUSED_UP_TO and torch.cuda.get_device_capability(device)[0] >= 8
-            and importlib.util.find_spec("triton")):
-        import kernels  # not above: it imports this module
-        return kernels.soft_assign
+            and importlib.util.find_spec("triton") and importlib.util.find_spec("vqvae_kernels")):
+        import vqvae_kernels  # not above: it imports this module
+        return vqvae_kernels.soft_assign
     return soft_assign
 
 
@@ -646,38 +648,53 @@ def nearest_path(z, codebook, length):
 
     A path is `length` rows.
     """
-    halves = _half_norms(codebook)
-    found = [_best_of_subsets(_scores(chunk, codebook, halves)) for chunk in _chunks(z, len(codebook))]
-    best, place = (torch.cat(parts) for parts in zip(*found))  # (N, 4)
+    halves, chunks = _half_norms(codebook), _chunks(z, len(codebook))
+    best, place = z.new_empty(len(z), 4), torch.empty(len(z), 4, dtype=torch.int64, device=z.device)
+    for chunk, *out in zip(chunks, best.split(len(chunks[0])), place.split(len(chunks[0]))):
+        for target, found in zip(out, _best_of_subsets(_scores(chunk, codebook, halves))):
+            target.copy_(found)
     return _along_path(best, place, length, len(codebook))[0]
 
 
 def soft_assign_paths(z, codebook, log_w, temperature, length):
     """`soft_assign` to the codes (2K, D) of paths of `length` rows of z (N, D): P of a path ~ the product of its codes' weights.
 
-    Returns Assignment, its indices being the codes' numbers along the nearest path.
+    Returns Assignment, its indices being the codes' numbers along the nearest path. The scores are computed twice, before the
+    posterior of the paths is known and after.
     """
-    halves, d, quarter = _half_norms(codebook), z.shape[1], len(codebook) // 4
-    stats = z.new_zeros(d + 1, 4, quarter)
-    score, squares, numbers = z.new_zeros(()), z.new_zeros(()), []
-    rows = max(1, max(CHUNK_ELEMENTS[z.device.type], 1 << 22) // (len(codebook) * length)) * length  # whole paths
-    for chunk in z.split(rows):  # (n, D)
-        scores = _scores(chunk, codebook, halves)  # (n, 2K)
-        best, place = _best_of_subsets(scores)  # (n, 4)
-        number, its_score = _along_path(best, place, length, len(codebook))
-        numbers.append(number)
-        score += its_score
-        weights = scores.view(-1, 4, quarter).sub_(best[:, :, None]).mul_(2 / temperature).add_(log_w.view(4, quarter))
-        top = weights.amax(2)  # (n, 4)
-        weights.sub_(top[:, :, None]).clamp_(min=-60).exp_()  # what is smaller is slow on the CPU (denormal) and nothing in a sum
-        sums = weights.sum(2)  # (n, 4)
-        gap = (2 / temperature * (best - best.amax(1, keepdim=True))).clamp_min(-1e35)  # finite at any temperature
-        share = path_posterior((gap + top + sums.log()).view(-1, length, 4)).exp().view(-1, 4) / sums  # (n, 4) P = share * weight
-        padded = F.pad(chunk, (0, 1), value=1.0).T  # (D + 1, n)
-        for subset in range(4):
-            stats[:, subset].addmm_(padded * share[:, subset], weights[:, subset])
-        squares += (share * torch.linalg.vector_norm(weights, dim=2)).square().sum()
-    return Assignment(torch.cat(numbers), stats.flatten(1).T.contiguous(), score, len(z) - squares)
+    halves, chunks = _half_norms(codebook), _chunks(z, len(codebook))
+    best, log_sums = z.new_empty(2, len(z), 4)  # of each subset: best score; log of its summed weights, relative to that code
+    place = torch.empty(len(z), 4, dtype=torch.int64, device=z.device)  # of that code
+
+    def weights_of(chunk, its_best):
+        """Log weights (n, 4, K/2) relative to the nearest code of a subset, that code's own prior included."""
+        scores = _scores(chunk, codebook, halves).view(len(chunk), 4, -1)
+        return scores.sub_(its_best[:, :, None]).mul_(2 / temperature).add_(log_w.view(4, -1))
+
+    for chunk, its_best, its_place, its_sums in zip(chunks, *(rows.split(len(chunks[0])) for rows in (best, place, log_sums))):
+        for target, found in zip((its_best, its_place), _best_of_subsets(_scores(chunk, codebook, halves))):
+            target.copy_(found)
+        its_sums.copy_(_log_sum_exp(weights_of(chunk, its_best)))
+    numbers, score = _along_path(best, place, length, len(codebook))
+    gap = (2 / temperature * (best - best.amax(1, keepdim=True))).clamp_min(-1e35)  # finite at any temperature
+    share = path_posterior((gap + log_sums).view(-1, length, 4)).view(-1, 4) - log_sums  # log P = log weight + share
+    stats, squares = z.new_zeros(z.shape[1] + 1, len(codebook)), z.new_zeros(())
+    for chunk, its_best, its_share in zip(chunks, best.split(len(chunks[0])), share.split(len(chunks[0]))):
+        P = _exp(weights_of(chunk, its_best).add_(its_share[:, :, None])).flatten(1)  # (n, 2K)
+        stats.addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
+        squares += torch.linalg.vector_norm(P).square()
+    return Assignment(numbers, stats.T.contiguous(), score, len(z) - squares)
+
+
+def _exp(x):
+    """exp in place, of e^-60 at least: less is nothing in a sum of weights, but slow on the CPU (denormal numbers)."""
+    return x.clamp_(min=-60).exp_()
+
+
+def _log_sum_exp(x):
+    """Log of the sum of exp over the last dimension, x overwritten."""
+    top = x.amax(-1)
+    return top + _exp(x.sub_(top[..., None])).sum(-1).log()
 
 
 class Quantized(NamedTuple):
@@ -783,6 +800,8 @@ class Quantizer(nn.Module):
         In training the first batch initialises the codebook, and every batch updates it after its
         own look-up. Raises ValueError on a wrong shape or an empty batch.
         """
+        if z.dim() == 2 and self.trellis:
+            raise ValueError(f"a trellis needs to know which latents are one path: (B, {self.dim}, n) or (B, {self.dim}, H, W)")
         if z.dim() not in (2, 3, 4) or z.shape[1] != self.dim or z.numel() == 0:
             raise ValueError(f"expected (B, {self.dim}, H, W), (B, {self.dim}, n) or (N, {self.dim}), not empty, "
                              f"got {tuple(z.shape)}")
@@ -1079,6 +1098,9 @@ class PredictiveQuantizer(nn.Module):
             error = F.mse_loss(predicted, second.detach())
             loss = loss + (error - error.detach())
         return Quantized(z_q.permute(0, 3, 1, 2).to(z.dtype), indices, loss)
+
+
+OWN_QUANTIZERS = (VQEMAQuantizer, BAQuantizer, PredictiveQuantizer)  # not those derived from them elsewhere
 
 
 def make_quantizer(config):
@@ -1469,14 +1491,14 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def codebook_metrics(histogram: torch.Tensor, codebook_size: int | None = None) -> dict[str, float]:
     """Perplexity, usage and bits per index of a code histogram (codes,), or of one for each half of the latents, (2, codes).
 
-    With two it is the entropy of an index whose half is known. codebook_size K: how many of the codes an index can choose
-    (default: all); with a trellis half of them, so that its entropy is one bit less than that of the codes.
+    codebook_size K: how many of the codes an index can choose (default: all); half of them with a trellis. It is the entropy of
+    an index whose half is known and, with a trellis, the bit before it, which says whether its subset is odd.
     """
+    trellis = histogram.shape[-1] != (codebook_size or histogram.shape[-1])
     histogram = histogram.cpu().double()  # Apple GPUs have no float64
     p = histogram / histogram.sum()
-    halves = p.sum(-1)
-    entropy = (torch.special.xlogy(halves, halves).sum() - torch.special.xlogy(p, p).sum()).item()  # nats
-    entropy -= math.log(histogram.shape[-1] / (codebook_size or histogram.shape[-1]))
+    known = p.unflatten(-1, (2, 2, -1)).sum((-3, -1)) if trellis else p.sum(-1)
+    entropy = (torch.special.xlogy(known, known).sum() - torch.special.xlogy(p, p).sum()).item()  # nats
     return {
         "perplexity": math.exp(entropy),
         "usage_rate": (histogram > 0).double().mean().item(),
@@ -1698,7 +1720,7 @@ def stored_config(values: dict) -> Config:
 
     Raises UserError, or TypeError for no dict.
     """
-    values = {"prediction": "none", **values}
+    values = {"prediction": "none", "trellis": "none", **values}
     values.pop("whitening", None)
     return Config.from_dict(values)
 
@@ -1886,16 +1908,24 @@ class GraphedStep:
 
     A step is several hundred small kernels, which Python starts more slowly than a fast GPU runs them. The first steps with and
     without the quantizer run as ever, since libraries then choose their kernels and workspaces; the next is recorded, which does
-    not run it, and replayed from then on. So every call is one step of training. Needs an optimizer of `make_optimizer`, images
+    not run it, and replayed from then on. So every call is one step of training; the next one overwrites what a replay
+    returned. One object serves one model, optimizer and dtype. Needs an optimizer of `make_optimizer`, images
     of one shape, and a quantizer that neither waits for the GPU nor draws numbers on the CPU: those of this module.
     """
 
     EAGER_STEPS = 3
 
-    def __init__(self):
-        self.stream, self.taken, self.recorded = torch.cuda.Stream(), {True: 0, False: 0}, {}
+    def __init__(self, device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.taken, self.recorded = {True: 0, False: 0}, {}
 
     def __call__(self, model, optimizer, x, dtype, quantize=True):
+        with torch.cuda.device(self.device):  # streams and graphs are those of the current device
+            return self._step(model, optimizer, x, dtype, quantize)
+
+    def _step(self, model, optimizer, x, dtype, quantize):
+        if self.taken[quantize] == 0:
+            self.recorded = {}  # the other kind never comes back: its memory is free again
         if self.taken[quantize] < self.EAGER_STEPS:
             self.taken[quantize] += 1
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -1907,7 +1937,7 @@ class GraphedStep:
             graph, images = torch.cuda.CUDAGraph(), x.clone()
             with torch.cuda.graph(graph, stream=self.stream):
                 result = train_step(model, optimizer, images, dtype, quantize)
-            self.recorded = {quantize: (graph, images, result)}  # the other kind never comes back
+            self.recorded[quantize] = (graph, images, result)
         graph, images, result = self.recorded[quantize]
         images.copy_(x)
         graph.replay()
@@ -1916,9 +1946,9 @@ class GraphedStep:
 
 def fastest_step(model):
     """`train_step`, or a `GraphedStep` where that works: one process, on CUDA, with a quantizer of this module."""
-    on_cuda = next(model.parameters()).device.type == "cuda"
-    own = isinstance(model.quantizer, (Quantizer, PredictiveQuantizer))
-    return GraphedStep() if on_cuda and own and not dist.is_initialized() else train_step
+    device = next(model.parameters()).device
+    own = type(model.quantizer) in OWN_QUANTIZERS
+    return GraphedStep(device) if device.type == "cuda" and own and not dist.is_initialized() else train_step
 
 
 def average_gradients(model):
@@ -2221,7 +2251,7 @@ def finish_run(config, folder, model, train_set, test_set):
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     metrics["seed"] = config.seed
     metrics["config"] = config.to_dict()
-    if type(model.quantizer) not in (VQEMAQuantizer, BAQuantizer, PredictiveQuantizer):
+    if type(model.quantizer) not in OWN_QUANTIZERS:
         metrics["peer"] = type(model.quantizer).__name__  # and not what the config says
     state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict()}
     atomic_write(folder / "final_model.pt", lambda file: torch.save(state, file))

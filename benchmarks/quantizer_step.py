@@ -2,7 +2,7 @@
 
     python benchmarks/quantizer_step.py                           # ratios in time, alternating, median of the rounds
     python benchmarks/quantizer_step.py --memory                  # extra peak memory of a BA-VQ step
-    python benchmarks/quantizer_step.py --fused                   # the E-step of kernels.py beside the chunked one; CUDA
+    python benchmarks/quantizer_step.py --fused                   # the E-step of vqvae_kernels.py beside the chunked one; CUDA
     python benchmarks/quantizer_step.py --memory --fused          # and its memory
     python benchmarks/quantizer_step.py --codebook_sizes 512,65536 --latent_dims 8 --rounds 3 --device cuda
 
@@ -107,8 +107,8 @@ def make_step(method, k, d, z):
     if method == "ba_vq_chunked":
         e_step = vqvae.soft_assign
     if method == "ba_vq_fused":
-        import kernels  # here, since triton comes with CUDA builds of torch only
-        e_step = kernels.soft_assign
+        import vqvae_kernels  # here, since triton comes with CUDA builds of torch only
+        e_step = vqvae_kernels.soft_assign
 
     def step():
         with torch.no_grad(), mock.patch.object(vqvae, "e_step", lambda device, dim: e_step):

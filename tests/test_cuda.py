@@ -37,7 +37,7 @@ def test_e_step_agrees_with_the_cpu(n, k, d):
                                            (4096, 512, 256), (100, 3000, 32)])
 @pytest.mark.parametrize("temperature", [0.2, 0.02])  # of the mean distortion: start and end of the annealing
 def test_the_fused_e_step_agrees_with_the_chunked_one(n, k, d, temperature):
-    kernels = pytest.importorskip("kernels", reason="needs triton")
+    kernels = pytest.importorskip("vqvae_kernels", reason="needs triton")
     z, codebook, log_w = torch.randn(n, d).cuda(), torch.randn(k, d).cuda(), torch.randn(k).cuda()
     tau = temperature * (z - codebook[vqvae.nearest_code(z, codebook)]).square().sum() / n
     chunked = vqvae.soft_assign(z, codebook, log_w, tau)
@@ -62,7 +62,7 @@ def test_the_fused_e_step_agrees_with_the_chunked_one(n, k, d, temperature):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("k", [65536, 262144])
 def test_memory_of_a_step_is_bounded(k, fused, monkeypatch):
-    soft_assign = pytest.importorskip("kernels", reason="needs triton").soft_assign if fused else vqvae.soft_assign
+    soft_assign = pytest.importorskip("vqvae_kernels", reason="needs triton").soft_assign if fused else vqvae.soft_assign
     monkeypatch.setattr(vqvae, "e_step", lambda device, dim: soft_assign)
     quantizer = vqvae.BAQuantizer(k, 8).cuda().train()
     z = torch.randn(16384, 8, device="cuda")
@@ -101,7 +101,7 @@ def test_replayed_steps_are_the_steps(quantizer, prediction, trellis):
     torch.use_deterministic_algorithms(True, warn_only=True)  # or the sums over latents differ from run to run
     images = torch.rand(12, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0)).cuda()  # 1024 latents: codes restart
     results = []
-    for take_step in (vqvae.train_step, vqvae.GraphedStep()):
+    for take_step in (vqvae.train_step, vqvae.GraphedStep(torch.device("cuda"))):
         model = vqvae.make_model(config).cuda().train()
         optimizer = vqvae.make_optimizer(model, 1e-3)
         for i, x in enumerate(images):

@@ -1,4 +1,4 @@
-"""kernels.soft_assign against vqvae.soft_assign through Triton's interpreter, and compiled for GPUs that are not there."""
+"""vqvae_kernels.soft_assign against vqvae.soft_assign through Triton's interpreter, and compiled for GPUs that are not there."""
 
 import os
 import subprocess
@@ -11,14 +11,14 @@ from conftest import ROOT
 import vqvae
 
 triton = pytest.importorskip("triton", reason="triton comes with CUDA builds of torch")
-import kernels  # noqa: E402
+import vqvae_kernels as kernels  # noqa: E402
 
 # n, k, d, temperature: blocks that do not divide, fewer codes or rows than a block, several shares of the rows
 CASES = {"odd": (150, 130, 8, 0.5), "cold": (150, 130, 8, 1e-3), "hard": (70, 40, 3, 1e-30), "one code": (33, 1, 2, 0.1),
          "one row": (1, 70, 5, 0.1), "prior": (97, 65, 20, 3.0), "wide": (80, 66, 200, 5.0), "widest": (65, 33, 256, 1.0),
          "many codes": (40, 2100, 4, 0.2)}
 SCRIPT = """
-import sys, torch, kernels
+import sys, torch, vqvae_kernels as kernels
 cases = torch.load(sys.argv[1])
 torch.save({name: tuple(kernels.soft_assign(*case)) for name, case in cases.items()}, sys.argv[2])
 """

@@ -89,7 +89,7 @@ def test_soft_assignments_are_finite_at_any_temperature(temperature, log_w):
         assert torch.equal(got.stats[:, -1].round(), torch.bincount(got.indices, minlength=16).float())
 
 
-def test_chunks_change_nothing(monkeypatch):
+def test_chunks_change_nothing():
     z, codebook, log_w = torch.randn(4096, 4), torch.randn(4096, 4), torch.randn(4096)
     whole = vqvae.soft_assign_paths(z, codebook, log_w, torch.tensor(0.5), 32)
     parts = [vqvae.soft_assign_paths(part, codebook, log_w, torch.tensor(0.5), 32) for part in z.split(320)]
@@ -146,20 +146,26 @@ def test_with_prediction_each_half_has_a_path(kind):
         PredictiveQuantizer(kind(8, 3, trellis=True), kind(8, 3))
 
 
-def test_perplexity_is_of_the_codes_that_an_index_can_choose():
+def test_perplexity_is_that_of_an_index_whose_state_is_known():
     assert vqvae.codebook_metrics(torch.full((2, 32), 5), 16) == pytest.approx(
         {"perplexity": 16, "usage_rate": 1, "bits_per_index": 4})
+    odd_subsets = torch.tensor([0, 0, 5, 5, 0, 0, 5, 5])  # all bits 1: the bit before says so
+    assert vqvae.codebook_metrics(odd_subsets, 4)["perplexity"] == pytest.approx(4)
+    assert vqvae.codebook_metrics(torch.tensor([[6, 0, 3, 3, 0, 0, 0, 0]]), 4)["perplexity"] == pytest.approx(math.sqrt(2))
 
 
-@pytest.mark.parametrize("settings", [dict(codebook_size=15), dict(trellis="8")])
+@pytest.mark.parametrize("settings", [dict(codebook_size=15), dict(trellis="8"),
+                                      dict(dataset="dead_leaves", downsample=16, image_size=16)])
 def test_bad_settings(settings):
     with pytest.raises(vqvae.UserError, match="trellis"):
         vqvae.Config(**{"trellis": "4", **settings})
 
 
-def test_odd_codebooks_are_refused():
+def test_odd_codebooks_and_latents_without_a_path_are_refused():
     with pytest.raises(ValueError, match="even"):
         VQEMAQuantizer(15, 4, trellis=True)
+    with pytest.raises(ValueError, match="path"):
+        VQEMAQuantizer(16, 4, trellis=True)(torch.randn(8, 4))
 
 
 @pytest.mark.parametrize(("quantizer", "prediction"), [("vq_ema", "none"), ("ba_vq", "checkerboard")])
@@ -169,7 +175,8 @@ def test_a_run_its_metrics_and_its_codes(tiny_config, tmp_path, quantizer, predi
     folder = Path(config.out_dir) / config.name
     model, loaded = vqvae.load_model(folder / "final_model.pt")
     images = vqvae.test_images(loaded)
-    assert vqvae.evaluate(model, images, 16) == {key: metrics[key] for key in vqvae.evaluate(model, images, 16)}
+    again = vqvae.evaluate(model, images, 16)
+    assert again == {key: metrics[key] for key in again}
     histogram = vqvae.code_histogram(model, images, 16)
     assert histogram.shape == ((2 if prediction == "checkerboard" else 1), 32) and histogram.sum() == metrics["num_indices"]
     assert metrics["perplexity"] <= 16 and metrics["usage_rate"] == (histogram > 0).double().mean()

@@ -1,6 +1,6 @@
 """Fused E-step for CUDA, in Triton: the results of vqvae.soft_assign without ever storing a score.
 
-    from kernels import soft_assign        # same arguments, same Assignment; tensors on CUDA
+    from vqvae_kernels import soft_assign     # same arguments, same Assignment; tensors on CUDA
 
 Two passes over the N x K scores, as in flash attention (Dao 2022, arXiv 2205.14135), each computing them anew:
     rows      nearest code, its score, and the log-sum-exp of the weighted scores: three numbers per latent
