@@ -44,7 +44,8 @@ def decode(model, indices, batch_size=500):
 def bits_per_pixel(model, indices, codebook_size, pixels):
     """{'fixed_length', 'entropy'} in bits per pixel for indices (N, H, W) of images of `pixels` pixels, from `model`.
 
-    fixed_length: ceil(log2 K) bits per index; entropy: what an ideal coder needs that knows of other indices only what `codebook_metrics` says.
+    fixed_length: ceil(log2 K) bits per index; entropy: what an ideal coder needs that knows
+    of the other indices only what `vqvae.codebook_metrics` says.
     """
     per_image = indices[0].numel()
     histogram = vqvae.empty_histogram(model, codebook_size)
