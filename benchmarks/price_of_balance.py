@@ -11,7 +11,7 @@ is printed by direction of the latents, and by principal component of all that i
 Theory: at high resolution the squared error of codes with density g(x) is E[g^(-2/d)] up to a constant (Zador 1982, IEEE
 Trans. IT 28(2)). It is least for g ~ p^(d/(d+2)), p the density of the latents; cells of equal mass have g = p. For a Gaussian
 p the ratio of the two depends only on d, the number of live directions: vqvae.live_directions at log2 K bits.
-Writes results/price_of_balance.json. The runs need validation images and the euclid metric, and no prediction.
+Writes results/price_of_balance.json. The runs need validation images and the euclid metric, and neither prediction nor a trellis.
 """
 
 import argparse
