@@ -666,21 +666,22 @@ def soft_assign_paths(z, codebook, log_w, temperature, length):
     best, log_sums = z.new_empty(2, len(z), 4)  # of each subset: best score; log of its summed weights, relative to that code
     place = torch.empty(len(z), 4, dtype=torch.int64, device=z.device)  # of that code
 
-    def weights_of(chunk, its_best):
-        """Log weights (n, 4, K/2) relative to the nearest code of a subset, that code's own prior included."""
-        scores = _scores(chunk, codebook, halves).view(len(chunk), 4, -1)
-        return scores.sub_(its_best[:, :, None]).mul_(2 / temperature).add_(log_w.view(4, -1))
+    def weights_of(scores, its_best):
+        """Log weights (n, 4, K/2) relative to the nearest code of a subset; scores (n, 2K) are overwritten."""
+        relative = scores.view(len(scores), 4, -1).sub_(its_best[:, :, None])
+        return relative.mul_(2 / temperature).add_(log_w.view(4, -1))
 
     for chunk, its_best, its_place, its_sums in zip(chunks, *(rows.split(len(chunks[0])) for rows in (best, place, log_sums))):
-        for target, found in zip((its_best, its_place), _best_of_subsets(_scores(chunk, codebook, halves))):
+        scores = _scores(chunk, codebook, halves)  # (n, 2K)
+        for target, found in zip((its_best, its_place), _best_of_subsets(scores)):
             target.copy_(found)
-        its_sums.copy_(_log_sum_exp(weights_of(chunk, its_best)))
+        its_sums.copy_(_log_sum_exp(weights_of(scores, its_best)))
     numbers, score = _along_path(best, place, length, len(codebook))
     gap = (2 / temperature * (best - best.amax(1, keepdim=True))).clamp_min(-1e35)  # finite at any temperature
     share = path_posterior((gap + log_sums).view(-1, length, 4)).view(-1, 4) - log_sums  # log P = log weight + share
     stats, squares = z.new_zeros(z.shape[1] + 1, len(codebook)), z.new_zeros(())
     for chunk, its_best, its_share in zip(chunks, best.split(len(chunks[0])), share.split(len(chunks[0]))):
-        P = _exp(weights_of(chunk, its_best).add_(its_share[:, :, None])).flatten(1)  # (n, 2K)
+        P = _exp(weights_of(_scores(chunk, codebook, halves), its_best).add_(its_share[:, :, None])).flatten(1)  # (n, 2K)
         stats.addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
         squares += torch.linalg.vector_norm(P).square()
     return Assignment(numbers, stats.T.contiguous(), score, len(z) - squares)
@@ -1716,7 +1717,8 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def stored_config(values: dict) -> Config:
-    """The Config of a run of any version: without the `whitening` of version 2, with no prediction from before there was one.
+    """The Config of a run of any version: without the `whitening` of version 2; with no prediction
+    or trellis from before there was one.
 
     Raises UserError, or TypeError for no dict.
     """

@@ -69,8 +69,8 @@ def test_training_learns(tiny_config):
         assert lines[-1]["val_psnr"] > lines[0]["val_psnr"] + 1
 
 
-def test_seconds_before_an_interruption_count_for_its_epoch_only(tiny_config, monkeypatch):
-    config = tiny_config(epochs=2)
+def stopped_in_its_first_step(config, monkeypatch):
+    """The one checkpoint of a run that Ctrl-C stops in its first step."""
     real_step = vqvae.train_step
 
     def interrupted_step(*arguments, **options):
@@ -80,8 +80,14 @@ def test_seconds_before_an_interruption_count_for_its_epoch_only(tiny_config, mo
     with monkeypatch.context() as patch, pytest.raises(vqvae.Interrupted):
         patch.setattr(vqvae, "train_step", interrupted_step)
         vqvae.train(config)
-    folder = vqvae.Path(config.out_dir) / config.name
-    path, = vqvae.checkpoints(folder)
+    path, = vqvae.checkpoints(vqvae.Path(config.out_dir) / config.name)
+    return path
+
+
+def test_seconds_before_an_interruption_count_for_its_epoch_only(tiny_config, monkeypatch):
+    config = tiny_config(epochs=2)
+    path = stopped_in_its_first_step(config, monkeypatch)
+    folder = path.parent
     torch.save({**vqvae.read_checkpoint(path), "seconds": 1e6}, path)
     vqvae.train(config)
     first, second = (json.loads(line)["seconds"] for line in (folder / "timing.jsonl").read_text().splitlines())
@@ -125,17 +131,8 @@ def test_a_checkpoint_of_another_device_keeps_the_settings_of_this_one(tiny_conf
     """One from CUDA holds a learning rate that is a tensor there, and a step fit for its graphs."""
     whole, parts = (tiny_config(name=name, epochs=2) for name in ("whole", "parts"))
     vqvae.train(whole)
-    real_step = vqvae.train_step
-
-    def interrupted_step(*arguments, **options):
-        os.kill(os.getpid(), signal.SIGINT)
-        return real_step(*arguments, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(vqvae.Interrupted):
-        patch.setattr(vqvae, "train_step", interrupted_step)
-        vqvae.train(parts)
+    path = stopped_in_its_first_step(parts, monkeypatch)
     one, two = (vqvae.Path(whole.out_dir) / name for name in ("whole", "parts"))
-    path, = vqvae.checkpoints(two)
     state = vqvae.read_checkpoint(path)
     state["optimizer"]["param_groups"][0].update(lr=torch.tensor(1e-3), capturable=True)
     torch.save(state, path)
