@@ -505,6 +505,22 @@ def nearest_code(z, codebook):
     return indices
 
 
+def _exp(x):
+    """exp in place, of at least 2^-60: less is nothing in a sum of weights, but slow on the CPU (denormal numbers).
+
+    As a power of two, which is four times as fast there.
+    """
+    return x.mul_(1 / math.log(2)).clamp_(min=-60).exp2_()
+
+
+def _softmax(logs):
+    """softmax over the rows of logs (n, K), which are overwritten; on the CPU faster than PyTorch's."""
+    if logs.device.type != "cpu":
+        return torch.softmax(logs, 1)
+    weights = _exp(logs.sub_(logs.amax(1, keepdim=True)))
+    return weights.div_(weights.sum(1, keepdim=True))
+
+
 class Assignment(NamedTuple):
     """What one E-step leaves of the N x K matrix."""
 
@@ -530,7 +546,7 @@ def soft_assign(z, codebook, log_w, temperature):
         best, nearest = _best(scores)  # (n,)
         index.copy_(nearest)
         # Subtracting the best first keeps exact ties exact at any temperature.
-        P = torch.softmax(scores.sub_(best[:, None]).mul_(2 / temperature).add_(log_w), dim=1)  # (n, K)
+        P = _softmax(scores.sub_(best[:, None]).mul_(2 / temperature).add_(log_w))  # (n, K)
         stats.addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
         best_sum += best.sum()
         squares += torch.linalg.vector_norm(P).square()
@@ -685,11 +701,6 @@ def soft_assign_paths(z, codebook, log_w, temperature, length):
         stats.addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
         squares += torch.linalg.vector_norm(P).square()
     return Assignment(numbers, stats.T.contiguous(), score, len(z) - squares)
-
-
-def _exp(x):
-    """exp in place, of e^-60 at least: less is nothing in a sum of weights, but slow on the CPU (denormal numbers)."""
-    return x.clamp_(min=-60).exp_()
 
 
 def _log_sum_exp(x):
