@@ -27,10 +27,10 @@ def both(dim=4, **settings):
             BAQuantizer(8, dim, **settings), BAQuantizer(8, dim, entropy_weight=math.inf, **settings)]
 
 
-@pytest.mark.parametrize("chunk", [1, 7 * 9, 1 << 20])
-def test_chunked_e_step_equals_the_dense_one(monkeypatch, chunk):
+@pytest.mark.parametrize("chunk, prior", [(1, 1), (7 * 9, 1), (1 << 20, 1), (1 << 20, 100)])
+def test_chunked_e_step_equals_the_dense_one(monkeypatch, chunk, prior):
     monkeypatch.setitem(vqvae.CHUNK_ELEMENTS, "cpu", chunk)
-    z, codebook, log_w = torch.randn(50, 3), torch.randn(7, 3), torch.randn(7)
+    z, codebook, log_w = torch.randn(50, 3), torch.randn(7, 3), prior * torch.randn(7)
     got = soft_assign(z, codebook, log_w, torch.tensor(0.5))
     indices, stats, distortion = dense_assignment(z.double(), codebook.double(), log_w.double(), 0.5)
     assert torch.equal(got.indices, indices)
