@@ -78,12 +78,13 @@ CURVES = {("none", "none"): dict(color="#0072B2", label="BA-VQ over λ"),  # (pr
           ("none", "4"): dict(color="#8C564B", label="BA-VQ over λ, trellis"),
           ("checkerboard", "4"): dict(color="#7B1FA2", label="BA-VQ over λ, prediction and trellis")}
 REFERENCE = "vq_ema"  # differences are taken to this method, seed by seed
-SHARED = ("train_subset", "test_subset", "val_size", "image_size", "downsample", "batch_size", "lr")  # within a table
+SHARED = ("train_subset", "test_subset", "val_size", "image_size", "downsample", "lr")  # within a table
 
 
 def run_name(method, size, dim, seed, config):
     depth = "" if config.res_blocks == 2 else f"x{config.res_blocks}"
-    return f"{method}_k{size}_d{dim}_h{config.hidden_dim}{depth}_e{config.epochs}_s{seed}"
+    batch = "" if config.batch_size == 128 else f"b{config.batch_size}"
+    return f"{method}_k{size}_d{dim}_h{config.hidden_dim}{depth}{batch}_e{config.epochs}_s{seed}"
 
 
 def cell(method, size, dim, seed, extra):
@@ -128,8 +129,9 @@ def run(method, size, dim, seed, extra, threads):
 
 
 def table_of(config):
-    """What names a table: (data set, K, D, hidden, blocks, epochs), of a config as a dict."""
-    return tuple(config[name] for name in ("dataset", "codebook_size", "latent_dim", "hidden_dim", "res_blocks", "epochs"))
+    """What names a table, of a config as a dict: (data set, K, D, hidden, blocks, batch, epochs)."""
+    names = ("dataset", "codebook_size", "latent_dim", "hidden_dim", "res_blocks", "batch_size", "epochs")
+    return tuple(config[name] for name in names)
 
 
 def check_tables(configs):
@@ -155,7 +157,7 @@ def stored_results():
 
 
 def load_results():
-    """All result records, by the keys of table_of: {(data set, K, D, hidden, blocks, epochs): {method: {seed: record}}}."""
+    """All result records, by the keys of table_of: {key: {method: {seed: record}}}."""
     records, groups = stored_results(), {}
     check_tables((path, record["config"]) for path, record in records.items())
     for record in records.values():
@@ -187,9 +189,9 @@ def summary():
              "SSIM: the same for the mean of the images' PSNR, where quiet images count for more, and for SSIM. Refined: the",
              f"same models, their codes improved by {REFINE} passes through the decoder (VQVAE.refined). Made by",
              "`python benchmarks/compare.py --summary` from `results/compare/*.json`; each file holds its command.", ""]
-    for (dataset, size, dim, hidden, blocks, epochs), methods in sorted(load_results().items()):
+    for (dataset, size, dim, hidden, blocks, batch, epochs), methods in sorted(load_results().items()):
         depth = "" if blocks == 2 else f", {blocks} residual blocks"
-        lines += [f"## {dataset}, K={size}, D={dim}, hidden {hidden}{depth}, {epochs} epochs", "",
+        lines += [f"## {dataset}, K={size}, D={dim}, hidden {hidden}{depth}, batch {batch}, {epochs} epochs", "",
                   "| method | seeds | PSNR dB | perplexity | of K | usage | ΔPSNR dB | p | per image | p | ΔSSIM | p | refined |",
                   "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
         for method, runs in sorted(methods.items(), key=lambda item: -statistics.mean(r["psnr"] for r in item[1].values())):
@@ -209,7 +211,7 @@ def summary():
     return "\n".join(lines)
 
 
-def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, epochs=10):
+def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, batch=128, epochs=10):
     """PNG: PSNR against the entropy of the indices, means over the seeds that all have.
 
     BA-VQ is a curve over lambda for each K, with prediction or a trellis and without, the other methods are points.
@@ -221,7 +223,7 @@ def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, epochs=10):
     looks, curves = {}, []
     for (dataset, size, *rest), methods in sorted(load_results().items()):
         shared = set.intersection(*map(set, methods.values()))  # seeds
-        if (dataset, *rest) != ("cifar10", dim, hidden, blocks, epochs) or not shared:
+        if (dataset, *rest) != ("cifar10", dim, hidden, blocks, batch, epochs) or not shared:
             continue
         found = {kind: [] for kind in CURVES}  # lists of (lambda, rate, quality)
         for name, runs in sorted(methods.items()):

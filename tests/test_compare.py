@@ -25,12 +25,12 @@ def test_one_json_per_run_and_no_repetition(results, tiny, tmp_path, monkeypatch
     flags = [w for k, v in tiny(epochs=1).items() if k not in ("name", "codebook_size", "latent_dim", "out_dir")
              for w in (f"--{k}", str(v))]
     line = compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
-    record = json.loads((results / "ba_vq_lambda10_k16_d4_h8_e1_s1.json").read_text())
+    record = json.loads((results / "ba_vq_lambda10_k16_d4_h8b16_e1_s1.json").read_text())
     assert "PSNR" in line and record["seed"] == 1 and record["method"] == "ba_vq_lambda10" and record["seconds"] > 0
     assert record["refined_psnr"] != record["psnr"] and 0 < record["refined_usage_rate"] <= 1
     assert "--methods ba_vq_lambda10 --codebook_sizes 16 --latent_dims 4 --seeds 1" in record["command"]
     assert "done before" in compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
-    target = results / "ba_vq_lambda10_k16_d4_h8_e1_s1.json"
+    target = results / "ba_vq_lambda10_k16_d4_h8b16_e1_s1.json"
     for values in ({"lr": 0.5}, {"whitening": 0.0}):  # the latter had other first weights
         target.write_text(json.dumps({**record, "config": {**record["config"], **values}}))
         with pytest.raises(vqvae.UserError, match="other settings or an earlier version"):
@@ -76,22 +76,23 @@ def test_tables_of_unequal_settings_are_refused(results, tiny_config):
         compare.summary()
     (results / "vq_ema.json").unlink()
     words = ["--methods", "vq_ema", "--codebook_sizes", "16", "--latent_dims", "4", "--dataset", "dead_leaves",
-             "--image_size", "16", "--hidden_dim", "8", "--epochs", "2"]
+             "--image_size", "16", "--hidden_dim", "8", "--batch_size", "16", "--epochs", "2"]
     with pytest.raises(vqvae.UserError, match="vq_ema_k16.*: train_subset None, but 96 in other runs"):
         compare.main(words)  # before it trains
 
 
-def test_runs_of_another_depth_have_their_own_name_and_table(results, tiny_config):
-    for changes, size in (({}, "h8"), ({"res_blocks": 6}, "h8x6")):
+def test_runs_of_another_depth_or_batch_have_their_own_name_and_table(results, tiny_config):
+    for changes, size in (({}, "h8b16"), ({"batch_size": 128}, "h8"), ({"res_blocks": 6}, "h8x6b16")):
         assert compare.run_name("vq_ema", 16, 4, 0, tiny_config(**changes)) == f"vq_ema_k16_d4_{size}_e2_s0"
     shallow, deep = (tiny_config(res_blocks=blocks).to_dict() for blocks in (2, 6))
     del shallow["res_blocks"]  # a record made before there was the setting
-    for name, config in (("shallow", shallow), ("deep", deep)):
+    for name, config in (("shallow", shallow), ("deep", deep), ("large", {**shallow, "batch_size": 32})):
         record = {"method": "vq_ema", "seed": 0, "psnr": 20.0, "psnr_per_image": 1.0, "perplexity": 8.0, "usage_rate": 1.0,
                   "config": config}
         (results / f"{name}.json").write_text(json.dumps(record))
     headings = [line for line in compare.summary().splitlines() if line.startswith("## ")]
-    assert headings == [f"## dead_leaves, K=16, D=4, hidden 8{depth}, 2 epochs" for depth in ("", ", 6 residual blocks")]
+    sizes = [", batch 16", ", batch 32", ", 6 residual blocks, batch 16"]
+    assert headings == [f"## dead_leaves, K=16, D=4, hidden 8{size}, 2 epochs" for size in sizes]
 
 
 def test_a_record_without_a_valid_config_is_named(results, tiny_config):
@@ -135,7 +136,7 @@ def test_bad_words(words, results, capsys):
 
 
 def test_rate_distortion_curves_with_and_without_prediction_and_trellis(results, tiny_config, tmp_path, monkeypatch):
-    config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, epochs=10).to_dict()
+    config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, batch_size=128, epochs=10).to_dict()
     kinds = [(10.0, "none", "none"), (1.0, None, None), (10.0, "checkerboard", "none"), (3.0, "checkerboard", "none"),
              (3.0, "checkerboard", "4"), (3.0, "none", "4")]
     for number, (weight, prediction, trellis) in enumerate(kinds):
@@ -154,7 +155,7 @@ def test_rate_distortion_curves_with_and_without_prediction_and_trellis(results,
 
 
 def test_rate_distortion_figure(results, tiny_config, tmp_path, monkeypatch):
-    config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, epochs=10).to_dict()
+    config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, batch_size=128, epochs=10).to_dict()
     for method, bits in (("vq_ema", 3.5), ("ba_vq_lambdainf", 3.9), ("ba_vq_lambda10", 3.7)):
         record = {"method": method, "seed": 0, "psnr": 20 + bits, "bits_per_index": bits, "config": config}
         (results / f"{method}.json").write_text(json.dumps(record))
