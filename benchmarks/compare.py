@@ -17,8 +17,11 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
+import threading
+import time
 from pathlib import Path
 
 import scipy.stats
@@ -126,6 +129,16 @@ def run(method, size, dim, seed, extra, threads):
     vqvae.write_json(target, {"method": method, "command": " ".join([command, *extra]), **versions,
                               "seconds": sum(line["seconds"] for line in timing), **metrics})
     return f"{name}: PSNR {metrics['psnr']:.3f} dB, perplexity {metrics['perplexity']:.1f}"
+
+
+def end_with_parent():
+    """In a worker: SIGTERM to itself when the first process ends, however it does, so that none trains on by itself."""
+    def wait():
+        multiprocessing.parent_process().join()
+        while True:  # the first saves where the training is, the next ends the process
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def table_of(config):
@@ -299,7 +312,7 @@ def main(argv=None):
                       *((config.name, config.to_dict()) for config in planned)])
         RESULTS.mkdir(parents=True, exist_ok=True)
         threads = max(1, (os.cpu_count() or 1) // options.jobs)
-        with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
             waiting, running, done = list(reversed(cells)), set(), 0
             while waiting or running:  # no more are submitted than run, so that after Ctrl-C or a failure no other begins
                 while waiting and len(running) < options.jobs:

@@ -1,7 +1,10 @@
 """benchmarks/compare.py: one JSON per run, repeatable, and a summary worked out by hand."""
 
+import fcntl
 import json
+import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -66,6 +69,34 @@ def test_no_run_begins_after_a_failure(results, tiny, tmp_path, monkeypatch):
     words = ["--methods", "vq_ema", "--codebook_sizes", "4,8,16,32", "--latent_dims", "4", "--seeds", "0", *flags]
     assert vqvae.run_command(lambda: compare.main(words)) == 130
     assert begun == [4, 8]
+
+
+def test_a_killed_comparison_leaves_no_run_behind(tiny, tmp_path):
+    flags = [w for k, v in tiny(epochs=100_000, out_dir="runs").items() if k not in ("name", "codebook_size", "latent_dim")
+             for w in (f"--{k}", str(v))]
+    words = ["--methods", "vq_ema", "--codebook_sizes", "16", "--latent_dims", "4", "--seeds", "0", *flags]
+    process = subprocess.Popen([sys.executable, ROOT / "benchmarks" / "compare.py", *words], cwd=tmp_path)
+    folder = tmp_path / "runs" / "vq_ema_k16_d4_h8b16_e100000_s0"
+    wait_until(lambda: list(folder.glob("checkpoint_epoch_*")))
+    process.kill()
+    process.wait()
+    with open(folder / ".lock") as lock:  # the run holds it
+        wait_until(lambda: not is_locked(lock))
+
+
+def is_locked(file):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
 
 
 def test_tables_of_unequal_settings_are_refused(results, tiny_config):
