@@ -8,9 +8,9 @@ The pictures go beside the first run folder: summary.png (PSNR and use over K), 
 
 import argparse
 import collections
-import dataclasses
 import json
 import math
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -244,26 +244,18 @@ def training_curves(folders):
     return _finish(figure)
 
 
-def open_run(folder, data_dir=None, device="cpu"):
-    """(model in eval mode, Config, test images) of a run folder; data_dir overrides the stored one."""
-    model, config = vqvae.load_model(Path(folder) / "final_model.pt", device)
-    if data_dir is not None:
-        config = dataclasses.replace(config, data_dir=str(data_dir))
-    return model, config, vqvae.test_images(config)
-
-
 def open_runs(folders):
     """(records, models, code histograms, test images) of the runs that share the first one's test images."""
     records, models, histograms = [], [], []
     data = images = None
     for folder, record in zip(folders, load_runs(folders)):
         own = [identity(record).get(key) for key in ("dataset", "data_dir", "image_size", "test_subset")]
+        model, config = vqvae.load_model(Path(folder) / "final_model.pt")
         if data is None:
-            data, images = own, open_run(folder)[2]
+            data, images = own, vqvae.test_images(config)
         if own != data:
             print(f"left out, other test images: {record['name']}")
             continue
-        model, config = vqvae.load_model(Path(folder) / "final_model.pt")
         records.append(record)
         models.append(model)
         histograms.append(vqvae.code_histogram(model, images, config.codebook_size))
@@ -469,7 +461,7 @@ def main(argv=None):
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="finished runs; others are skipped")
     parser.add_argument("--sort_by", default="name", metavar="KEY", help="metric or setting that orders the table (default name)")
     options = parser.parse_args(argv)
-    missing = [str(path) for path in options.folders if not path.exists()]
+    missing = [str(path) for path in options.folders if not os.path.exists(path)]
     if missing:
         raise vqvae.UserError(f"no such folder: {', '.join(missing)}")
     given = list({path.resolve(): path for path in options.folders}.values())  # each once
@@ -493,8 +485,8 @@ def main(argv=None):
     save_figure(training_curves(one_seed(folders)[:8]), out_dir / "training.png")
     histograms = []
     for folder in folders:
-        model, config, images = open_run(folder)
-        histograms.append(vqvae.code_histogram(model, images, config.codebook_size))
+        model, config = vqvae.load_model(folder / "final_model.pt")
+        histograms.append(vqvae.code_histogram(model, vqvae.test_images(config), config.codebook_size))
     save_figure(usage_histograms(records, histograms), out_dir / "usage.png")
     print(f"pictures in {out_dir}: summary.png, training.png (one seed, eight runs at most), usage.png; "
           "reconstructions.png and codebook_usage.png in each run folder")

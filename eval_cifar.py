@@ -143,7 +143,7 @@ def find_checkpoints(words):
     """The checkpoint files named, and every final_model.pt below the folders named. Raises UserError."""
     found = []
     for path in map(Path, words):
-        files = sorted(path.rglob("final_model.pt")) if path.is_dir() else [path]
+        files = sorted(path.rglob("final_model.pt")) if os.path.isdir(path) else [path]
         if not files:
             raise vqvae.UserError(f"checkpoint: no final_model.pt below {path}")
         found += files
@@ -221,7 +221,7 @@ def main(argv=None):
     device, reason = vqvae.pick_device(options.device)
     print(f"device: {device} ({reason})")
     for path in paths:
-        vqvae.read_checkpoint(path)  # a bad one is found before any work is done
+        vqvae.load_model(path)  # a bad one is found before any work is done
     inception, missing = None, None
     if not options.no_fid:
         try:

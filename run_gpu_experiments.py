@@ -109,8 +109,9 @@ def parse(argv):
         extra = ["--device", "cuda", *extra]  # a GPU that is not there is an error, not a run on the CPU
     if options.epochs is not None:
         extra += ["--epochs", str(options.epochs)]
-    if "--name" in extra or any(word.startswith("--name=") for word in extra):
-        raise vqvae.UserError("name: the sweep names its runs; use --out_dir to keep sweeps apart")
+    fixed = {"--name", "--quantizer", "--codebook_size", "--metric"} & {word.split("=")[0] for word in extra}
+    if fixed:
+        raise vqvae.UserError(f"{min(fixed)[2:]}: set by the table of runs; use --only, and --out_dir to keep sweeps apart")
     runs = [run for run in RUNS if options.only in run[0]]
     if not runs:
         raise vqvae.UserError(f"only: no run has {options.only!r} in its name")

@@ -39,7 +39,8 @@ def make_parser():
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="settings of this file instead of config.yaml")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved config and stop")
-    parser.add_argument("--no_wandb", action="store_true", help="never log to Weights & Biases, whatever the YAML says")
+    parser.add_argument("--no_wandb", dest="wandb", action="store_false",
+                        help="do not log to Weights & Biases, whatever the YAML says")
     hints = typing.get_type_hints(vqvae.Config)
     for field in dataclasses.fields(vqvae.Config):
         default = "" if field.default is None or field.default is False else f" (default {field.default})"
@@ -57,11 +58,9 @@ def make_parser():
 def config_from(argv):
     """(Config, dry_run) from command-line words and the YAML file. Raises UserError."""
     flags = vars(make_parser().parse_args(argv))
-    no_wandb, dry_run = flags.pop("no_wandb", False), flags.pop("dry_run", False)
+    dry_run = flags.pop("dry_run", False)
     settings = vqvae.read_yaml(flags.pop("config", DEFAULT_CONFIG))
     settings.update(flags)
-    if no_wandb:
-        settings["wandb"] = False
     return vqvae.Config.from_dict(settings), dry_run
 
 

@@ -86,9 +86,9 @@ class Interrupted(Exception):
 # Configuration
 
 
-def option(default, help, *, choices=None, low=None, high=None, above=None):
-    """One setting: its default, its help text, its allowed values or range [low, high] or (above, high]."""
-    metadata = dict(help=help, choices=choices, low=low, high=high, above=above)
+def option(default, help, *, choices=None, low=None, high=None):
+    """One setting: its default, its help text, its allowed values or range [low, high]."""
+    metadata = dict(help=help, choices=choices, low=low, high=high)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -97,7 +97,7 @@ class Config:
     """Every setting of a run, validated on construction. Raises UserError.
 
     `train.py` makes one flag of each field; a YAML file uses the same names. Fields that are None
-    for "by recipe" are replaced by numbers here, so a stored config says what the recipe was.
+    for "by recipe" are replaced by their values here, so a stored config says what the recipe was.
     """
 
     # data
@@ -117,7 +117,7 @@ class Config:
     quantizer: str = option("ba_vq", "quantizer", choices=("vq_ema", "ba_vq"))
     codebook_size: int = option(512, "number of codes K", low=1, high=1 << 20)
     metric: str = option("euclid", "distance between latents and codes", choices=("euclid", "cosine"))
-    commitment_weight: float = option(0.25, "weight of the commitment loss", low=0)
+    commitment_weight: float = option(0.25, "weight of the commitment loss", low=0, high=1e6)
     ema_decay: Optional[float] = option(None, "decay of the codebook EMA (default: by recipe and codebook size)",
                                         low=0, high=0.99999)
     vq_recipe: str = option("tuned", "vq_ema: 'classical' (uniform start, decay 0.8) or 'tuned' "
@@ -142,7 +142,7 @@ class Config:
                                               "(default 0.1; vq_ema classical 0)", low=0, high=0.9)
     epochs: int = option(30, "passes over the training set, less the last images that fill no batch", low=1, high=1_000_000)
     batch_size: int = option(128, "images per step, over all processes", low=1, high=1_000_000)
-    lr: float = option(3e-3, "peak learning rate of AdamW (warm-up, then cosine decay to 0)", above=0, high=1)
+    lr: float = option(3e-3, "peak learning rate of AdamW (warm-up, then cosine decay to 0)", low=1e-9, high=1)
     seed: int = option(0, "seed of weights, data order and restarts", low=0, high=(1 << 31) - 1)
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
     precision: str = option("auto", "of the networks; quantizer and evaluation are float32",
@@ -228,15 +228,12 @@ def _checked(field, value):
     rule = field.metadata
     if rule["choices"] and value not in rule["choices"]:
         raise UserError(f"{field.name}: {value!r} is not one of {', '.join(map(str, rule['choices']))}")
-    too_low = rule["low"] is not None and not value >= rule["low"]
-    too_high = rule["high"] is not None and not value <= rule["high"]
     if kind is str and (not value or "\0" in value):
         raise UserError(f"{field.name}: {value!r} must not be empty, nor hold a null byte")
-    if too_low or too_high or (rule["above"] is not None and not value > rule["above"]):
-        low = rule["low"] if rule["above"] is None else f"above {rule['above']}"
-        raise UserError(f"{field.name}: {value!r} is out of range (from {low} to {rule['high'] or 'any'})")
-    if kind is float and math.isinf(value) and rule["high"] != math.inf:
-        raise UserError(f"{field.name}: must be finite")
+    too_low = rule["low"] is not None and not value >= rule["low"]
+    too_high = rule["high"] is not None and not value <= rule["high"]
+    if too_low or too_high:
+        raise UserError(f"{field.name}: {value!r} is out of range (from {rule['low']} to {rule['high'] or 'any'})")
     return value
 
 
@@ -468,9 +465,10 @@ FUSED_UP_TO = 64  # dimensions of the latents: beyond, a large codebook's fused 
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24, "mps": 1 << 23}  # of the N x K score matrix alive at once
 
 
-def _chunks(z, codes):
-    """z (N, D) cut along N so that a chunk's scores stay within CHUNK_ELEMENTS, or at D rows (so O(K D))."""
-    return z.split(max(z.shape[1], CHUNK_ELEMENTS[z.device.type] // codes))
+def _chunks(codes, z, *others):
+    """Rows of z (N, D), with those of others (N, ...): so many that their scores stay within CHUNK_ELEMENTS, or D (so O(K D))."""
+    rows = max(z.shape[1], CHUNK_ELEMENTS[z.device.type] // codes)
+    return zip(*(tensor.split(rows) for tensor in (z, *others)))
 
 
 def _half_norms(codebook):
@@ -498,10 +496,9 @@ def _best(scores):
 def nearest_code(z, codebook):
     """Index (N,) of the code nearest to each row of z (N, D) in squared distance; codebook (K, D)."""
     halves = _half_norms(codebook)
-    chunks = _chunks(z, len(codebook))
     indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # one, since small ones kept would split the heap's holes
-    for chunk, index in zip(chunks, indices.split(len(chunks[0]))):
-        index.copy_(_best(_scores(chunk, codebook, halves))[1])
+    for chunk, nearest in _chunks(len(codebook), z, indices):
+        nearest[:] = _best(_scores(chunk, codebook, halves))[1]
     return indices
 
 
@@ -539,12 +536,10 @@ def soft_assign(z, codebook, log_w, temperature):
     halves = _half_norms(codebook)
     stats = z.new_zeros(z.shape[1] + 1, len(codebook))  # (D + 1, K): products with rows of P are fast this way round
     best_sum, squares = z.new_zeros(()), z.new_zeros(())
-    chunks = _chunks(z, len(codebook))
     indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # one, since small ones kept would split the heap's holes
-    for chunk, index in zip(chunks, indices.split(len(chunks[0]))):  # (n, D), (n,)
+    for chunk, nearest in _chunks(len(codebook), z, indices):  # (n, D), (n,)
         scores = _scores(chunk, codebook, halves)  # (n, K)
-        best, nearest = _best(scores)  # (n,)
-        index.copy_(nearest)
+        best, nearest[:] = _best(scores)  # (n,)
         # Subtracting the best first keeps exact ties exact at any temperature.
         P = _softmax(scores.sub_(best[:, None]).mul_(2 / temperature).add_(log_w))  # (n, K)
         stats.addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
@@ -664,11 +659,10 @@ def nearest_path(z, codebook, length):
 
     A path is `length` rows.
     """
-    halves, chunks = _half_norms(codebook), _chunks(z, len(codebook))
+    halves = _half_norms(codebook)
     best, place = z.new_empty(len(z), 4), torch.empty(len(z), 4, dtype=torch.int64, device=z.device)
-    for chunk, *out in zip(chunks, best.split(len(chunks[0])), place.split(len(chunks[0]))):
-        for target, found in zip(out, _best_of_subsets(_scores(chunk, codebook, halves))):
-            target.copy_(found)
+    for chunk, its_best, its_place in _chunks(len(codebook), z, best, place):
+        its_best[:], its_place[:] = _best_of_subsets(_scores(chunk, codebook, halves))
     return _along_path(best, place, length, len(codebook))[0]
 
 
@@ -678,7 +672,7 @@ def soft_assign_paths(z, codebook, log_w, temperature, length):
     Returns Assignment, its indices being the codes' numbers along the nearest path. The scores are computed twice, before the
     posterior of the paths is known and after.
     """
-    halves, chunks = _half_norms(codebook), _chunks(z, len(codebook))
+    halves = _half_norms(codebook)
     best, log_sums = z.new_empty(2, len(z), 4)  # of each subset: best score; log of its summed weights, relative to that code
     place = torch.empty(len(z), 4, dtype=torch.int64, device=z.device)  # of that code
 
@@ -687,16 +681,15 @@ def soft_assign_paths(z, codebook, log_w, temperature, length):
         relative = scores.view(len(scores), 4, -1).sub_(its_best[:, :, None])
         return relative.mul_(2 / temperature).add_(log_w.view(4, -1))
 
-    for chunk, its_best, its_place, its_sums in zip(chunks, *(rows.split(len(chunks[0])) for rows in (best, place, log_sums))):
+    for chunk, its_best, its_place, its_sums in _chunks(len(codebook), z, best, place, log_sums):
         scores = _scores(chunk, codebook, halves)  # (n, 2K)
-        for target, found in zip((its_best, its_place), _best_of_subsets(scores)):
-            target.copy_(found)
-        its_sums.copy_(_log_sum_exp(weights_of(scores, its_best)))
+        its_best[:], its_place[:] = _best_of_subsets(scores)
+        its_sums[:] = _log_sum_exp(weights_of(scores, its_best))
     numbers, score = _along_path(best, place, length, len(codebook))
     gap = (2 / temperature * (best - best.amax(1, keepdim=True))).clamp_min(-1e35)  # finite at any temperature
     share = path_posterior((gap + log_sums).view(-1, length, 4)).view(-1, 4) - log_sums  # log P = log weight + share
     stats, squares = z.new_zeros(z.shape[1] + 1, len(codebook)), z.new_zeros(())
-    for chunk, its_best, its_share in zip(chunks, best.split(len(chunks[0])), share.split(len(chunks[0]))):
+    for chunk, its_best, its_share in _chunks(len(codebook), z, best, share):
         P = _exp(weights_of(_scores(chunk, codebook, halves), its_best).add_(its_share[:, :, None])).flatten(1)  # (n, 2K)
         stats.addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
         squares += torch.linalg.vector_norm(P).square()
@@ -713,7 +706,7 @@ class Quantized(NamedTuple):
     """What a quantizer returns: the triple of vector-quantize-pytorch."""
 
     z_q: torch.Tensor      # codes in the shape of the input; straight-through gradient in training
-    indices: torch.Tensor  # (B, H, W) or (N,) int64 in [0, K)
+    indices: torch.Tensor  # (B, H, W), (B, n) or (N,) int64 in [0, K)
     loss: torch.Tensor     # () weighted commitment loss
 
 
@@ -1312,41 +1305,31 @@ def _only_https(url):
 def _cifar10(config, train):
     """Official CIFAR-10, checked by md5, downloaded where it is missing."""
     root = Path(config.data_dir)
-    try:
+    archive = root / "cifar-10-python.tar.gz"
+
+    def load():  # RuntimeError where it is missing or corrupted
         return torch.from_numpy(torchvision.datasets.CIFAR10(root, train=train).data)
-    except RuntimeError:  # torchvision: not found or corrupted
-        pass
+
+    with contextlib.suppress(RuntimeError):
+        return load()
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = open(root / ".lock", "w")  # noqa: SIM115 (closed by the `with` below)
     except OSError as error:
         raise UserError(f"data_dir: cannot write to {root} ({error.strerror}); choose another --data_dir") from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # runs that start together download once
-        archive = root / "cifar-10-python.tar.gz"
-        if not _has_md5(archive, CIFAR10_MD5):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together download once
+        with contextlib.suppress(RuntimeError):
+            return load()  # another was first
+        if not torchvision.datasets.utils.check_integrity(archive, CIFAR10_MD5):
             say(f"CIFAR-10 is not in {root}: downloading 170 MB")
             download([config.cifar10_url] if config.cifar10_url else CIFAR10_URLS, archive, CIFAR10_MD5)
         try:
-            return torch.from_numpy(torchvision.datasets.CIFAR10(root, train=train).data)  # another run was first
-        except RuntimeError:
-            pass
-        try:
             with tarfile.open(archive) as tar:
                 tar.extractall(root, filter="data")
-            return torch.from_numpy(torchvision.datasets.CIFAR10(root, train=train).data)
+            return load()
         except (OSError, RuntimeError, tarfile.TarError) as error:
             raise UserError(f"{archive}: cannot unpack it: {error}") from error
-
-
-def _has_md5(path, digest):
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        found = hashlib.md5()
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest() == digest
 
 
 def dead_leaves(count: int, size: int, seed: int) -> torch.Tensor:
@@ -1503,7 +1486,7 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def codebook_metrics(histogram: torch.Tensor, codebook_size: int | None = None) -> dict[str, float]:
     """Perplexity, usage and bits per index of a code histogram (codes,), or of one for each half of the latents, (2, codes).
 
-    codebook_size K: how many of the codes an index can choose (default: all); half of them with a trellis. It is the entropy of
+    codebook_size K: how many of the codes an index can choose (default: all); half of them with a trellis. The entropy is that of
     an index whose half is known and, with a trellis, the bit before it, which says whether its subset is odd.
     """
     trellis = histogram.shape[-1] != (codebook_size or histogram.shape[-1])
@@ -1626,7 +1609,7 @@ def atomic_write(path, write):
     Raises UserError where the disk is full or read-only; `path` then keeps its old content.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.parent / f".{path.name}.tmp"
     try:
         with _writing(path), open(temporary, "wb") as file:
             write(file)
@@ -1772,7 +1755,7 @@ def check_run_folder(config):
             raise UserError(f"{folder}: holds a run of an earlier version, which started from other weights; "
                             "choose another --name or add --overwrite")
         old, new = identity(stored_config(values)), identity(config)
-        changes = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
+        changes = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
         if changes:
             raise UserError(f"{folder}: holds a run of another config ({', '.join(changes)}); "
                             "give the old settings, choose another --name or add --overwrite")
@@ -1983,7 +1966,7 @@ def check_finite(losses, first_step, model):
         step, cause = len(losses) - 1, "weights after this step"
     else:
         return
-    raise UserError(f"step {first_step + step}: the {cause} is not finite; try a lower --lr or --precision float32 "
+    raise UserError(f"step {first_step + step + 1}: the {cause} is not finite; try a lower --lr or --precision float32 "
                     "(the last checkpoint is kept)")
 
 
@@ -2064,17 +2047,8 @@ def start_processes():
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # the first process may be downloading
 
 
-def on_first_process(function, *arguments):
-    """Call function on the first process while the others wait for it."""
-    if rank() == 0:
-        result = function(*arguments)
-    if dist.is_initialized():
-        dist.barrier()
-    return result if rank() == 0 else None
-
-
 def train(config: Config, quantizer: nn.Module | None = None) -> dict:
-    """Train, evaluate and store one run; returns its metrics (the content of final_metrics.json), on the first process.
+    """Train, evaluate and store one run; returns its metrics, the content of final_metrics.json (on the first process).
 
     config: Config.  quantizer: a module to use in place of the one that config describes (peers).
     Everything goes to out_dir/name. An unfinished run of the same config is continued from its newest
@@ -2094,16 +2068,14 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
         return read_json(done)
     say(f"device: {device} ({device_reason}); networks in {str(dtype)[6:]} ({dtype_reason}); seed {config.seed}")
 
-    if dist.is_initialized():
-        on_first_process(_read_images, config, False)  # only one process downloads
     train_set, val_set = training_images(config)
     test_set = test_images(config)
     train_set = train_set.to(device)
-    batch_size = min(config.batch_size, len(train_set)) // world_size() * world_size()
-    if batch_size == 0:
-        raise UserError(f"train_subset: {len(train_set)} images are too few for {world_size()} processes")
-    steps_per_epoch = len(train_set) // batch_size
+    if config.batch_size > len(train_set):
+        raise UserError(f"batch_size: {config.batch_size} is more than the {len(train_set)} training images; lower it")
+    steps_per_epoch = len(train_set) // config.batch_size
     total_steps = steps_per_epoch * config.epochs
+    assert config.warmup_fraction is not None  # Config settles it
     warmup_steps = int(config.warmup_fraction * total_steps)
 
     if device.type == "cpu":
@@ -2118,7 +2090,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     with locked(folder), _deterministic(config.deterministic), _Signals() as signals:
         step, losses, histogram, spent = restore(config, folder, model, optimizer, steps_per_epoch)
         wandb_run = start_wandb(config, folder)
-        local = slice(rank() * batch_size // world_size(), (rank() + 1) * batch_size // world_size())
+        local = slice(*(process * config.batch_size // world_size() for process in (rank(), rank() + 1)))
         set_progress = getattr(model.quantizer, "set_progress", lambda progress: None)
         how_to_resume = "the same command" + (" without --overwrite" if config.overwrite else "") + " resumes"
 
@@ -2133,7 +2105,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
                 torch.manual_seed(config.seed * 1_000_003 + step)  # restarts do not depend on where a run resumed
                 set_learning_rate(optimizer, learning_rate(step, total_steps, config.lr))
                 set_progress(max(0, step - warmup_steps) / (total_steps - warmup_steps))
-                batch = order[i * batch_size:(i + 1) * batch_size][local]
+                batch = order[i * config.batch_size:(i + 1) * config.batch_size][local]
                 x = to_float(train_set[batch])  # (B, 3, S, S)
                 losses[i], indices = take_step(model, optimizer, x, dtype, quantize=step >= warmup_steps)
                 if indices is not None:
@@ -2152,7 +2124,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
             record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
             if rank() == 0:
                 timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": seconds,
-                          "images_per_second": steps_per_epoch * batch_size / seconds}
+                          "images_per_second": steps_per_epoch * config.batch_size / seconds}
                 report_epoch(config, folder, record, timing, wandb_run)
             losses.zero_()
             histogram.zero_()
@@ -2162,7 +2134,9 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
                 raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
 
         signals.release()  # all is saved; nothing below needs to end well
-        metrics = on_first_process(finish_run, config, folder, model, train_set, test_set)
+        metrics = finish_run(config, folder, model, train_set, test_set) if rank() == 0 else {}
+        if dist.is_initialized():
+            dist.barrier()
         if wandb_run:
             wandb_run.summary.update(metrics)
             wandb_run.finish()

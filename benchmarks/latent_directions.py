@@ -10,6 +10,7 @@ it takes the half of the latents that is coded without. Writes results/latent_di
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def describe(path):
 def main(argv=None):
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or their final_model.pt")
-    records = [describe(run / "final_model.pt" if run.is_dir() else run) for run in parser.parse_args(argv).runs]
+    records = [describe(run / "final_model.pt" if os.path.isdir(run) else run) for run in parser.parse_args(argv).runs]
     vqvae.write_json(RESULTS, records)
     print("share of the variance, of that a function of direction 1\n")
     print(table(["run", "live", *(f"direction {i}" for i in range(1, 9))],

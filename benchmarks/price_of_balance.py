@@ -17,6 +17,7 @@ Writes results/price_of_balance.json. The runs need validation images and the eu
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def price(path, weights, passes, seed):
     with vqvae.eval_mode(model):
         z = torch.cat([analysis.latents_of(model, images) for images in train_images[:10000].split(500)])  # (N, D)
         plain = unquantized_psnr(model, val_images)
-        d = vqvae.live_directions(torch.cov(z.T), math.log2(config.codebook_size)).shape[1]
+        d = vqvae.live_directions(torch.cov(z.T).view(z.shape[1], -1), math.log2(config.codebook_size)).shape[1]
         record = {"run": config.name, "config": config.to_dict(), "unquantized_psnr": plain, "live_directions": d,
                   "theory_distortion": balanced_to_best(d), "fits": {}}
         per_image = (config.image_size // config.downsample) ** 2
@@ -169,7 +170,7 @@ def parse(argv):
         raise vqvae.UserError(f"entropy_weights: expected numbers with commas between ({error})") from error
     if not all(weight >= 0 for weight in options.entropy_weights) or options.passes < 1:
         raise vqvae.UserError("entropy_weights must be 0 or more, passes 1 or more")
-    options.runs = [Path(run) / "final_model.pt" if Path(run).is_dir() else Path(run) for run in options.runs]
+    options.runs = [Path(run) / "final_model.pt" if os.path.isdir(run) else Path(run) for run in options.runs]
     return options
 
 

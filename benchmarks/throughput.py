@@ -125,7 +125,8 @@ def step_floor(config, device):
     """
     model = vqvae.make_model(config).to(device, memory_format=vqvae.memory_format(device)).train()
     dtype, _ = vqvae.pick_precision(config.precision, device)
-    x = torch.rand(config.batch_size, 3, 32, 32, device=device).contiguous(memory_format=vqvae.memory_format(device))
+    side = config.image_size
+    x = torch.rand(config.batch_size, 3, side, side, device=device).contiguous(memory_format=vqvae.memory_format(device))
     kept = {}  # address: bytes
 
     def keep(tensor):
@@ -142,7 +143,7 @@ def step_floor(config, device):
     moved = 2 * sum(kept.values()) + 8 * parameters
     network, exact = machine_rates(device, dtype), machine_rates(device)
     flops = counter.get_total_flops()
-    n = config.batch_size * (32 // config.downsample) ** 2
+    n = config.batch_size * (side // config.downsample) ** 2
     seconds = {"network": max(flops / network["flops_per_second"], moved / network["copy_bytes_per_second"]),
                "quantizer": floor_seconds(n, config.codebook_size, config.latent_dim, exact)}
     return {"network_flops": flops, "network_bytes": moved, "precision": str(dtype)[6:], "network_rates": network,
@@ -157,7 +158,11 @@ def parse(argv):
     if options.steps < 1 or options.rounds < 1:
         raise vqvae.UserError("steps and rounds must be at least 1")
     full_size = ["--latent_dim", "256", "--batch_size", "256", "--prediction", "none"]
-    config, _ = train.config_from([*full_size, *words, "--no_wandb"])
+    config, dry_run = train.config_from([*full_size, *words, "--no_wandb"])
+    if dry_run:
+        raise vqvae.UserError("dry_run: belongs to train.py; drop it here")
+    if "--quantizer" in {word.split("=")[0] for word in words}:
+        raise vqvae.UserError("quantizer: all are measured here; drop it")
     if config.prediction != "none":
         raise vqvae.UserError("prediction: the classical way has none; drop it here")
     return options, config
@@ -168,7 +173,8 @@ def main(argv=None):
     device, _ = vqvae.pick_device(config.device)
     if device.type == "cpu":
         vqvae.keep_freed_memory()
-    images = torch.randint(0, 256, (options.steps * config.batch_size, 32, 32, 3), dtype=torch.uint8)
+    shape = (options.steps * config.batch_size, config.image_size, config.image_size, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
     own = {name: dataclasses.replace(config, quantizer=name, compile=False) for name in ("vq_ema", "ba_vq")}
     project, model = project_epoch(own["ba_vq"], images, device)
     epochs = {
