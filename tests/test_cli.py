@@ -381,6 +381,10 @@ def test_a_batch_that_cannot_be_is_refused(tiny_config, monkeypatch):
         vqvae.train(tiny_config())
 
 
+def test_the_last_word_on_wandb_counts():
+    assert [train.config_from(words.split())[0].wandb for words in ("--no_wandb --wandb", "--wandb --no_wandb")] == [True, False]
+
+
 def test_wandb_that_is_not_installed(tiny_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
     with pytest.raises(vqvae.UserError, match="pip install wandb"):

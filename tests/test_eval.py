@@ -246,7 +246,7 @@ def test_several_checkpoints_share_the_originals(run_folder, tiny_config, stand_
 @pytest.mark.parametrize("words", [
     [], ["--checkpoint"], ["--checkpoint", "nowhere.pt"], ["--checkpoint", "."], ["--checkpoint", "x", "--mode", "best"],
     ["--checkpoint", "x", "--batch_size", "0"], ["--checkpoint", "x", "--refine", "-1"],
-    ["--checkpoint", "x", "--device", "tpu"], ["--inception", "x"]])
+    ["--checkpoint", "x", "--device", "tpu"], ["--inception", "x"], ["--checkpoint", "x" * 300]])
 def test_bad_words_give_one_line(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     try:

@@ -104,4 +104,5 @@ def test_bad_files_give_one_line(checkpoint, tmp_path, capsys):
         err = capsys.readouterr().err
         assert code == 2 and err.count("\n") == 1 and f"{name}.npz" in err, (name, err)
     assert not (tmp_path / "out.npz").exists()
+    assert run("encode", "--checkpoint", checkpoint, "--output", ".") == 2 and capsys.readouterr().err.count("\n") == 1
     assert run("recode") == 2 and run() == 2

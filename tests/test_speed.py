@@ -70,6 +70,12 @@ def test_several_processes_take_a_gpu_each(monkeypatch):
     assert [command[command.index("--device") + 1] for command in words] == ["cpu", "cuda"]
 
 
+def test_throughput_refuses_what_it_does_not_do():
+    for words in (["--dry_run"], ["--quantizer", "vq_ema"], ["--prediction", "checkerboard"], ["--steps", "0"]):
+        with pytest.raises(vqvae.UserError, match=words[0][2:]):
+            throughput.parse(words)
+
+
 def test_peak_memory_of_a_large_step_stays_far_below_its_scores():
     """N x K is 512 MiB here; a heap whose holes are split by small tensors would grow to about that."""
     command = [sys.executable, str(ROOT / "benchmarks" / "quantizer_step.py"), "--memory", "--one_size", "--device", "cpu",

@@ -66,7 +66,8 @@ def test_dry_run_and_print_commands_write_nothing(script, tmp_path):
 
 @pytest.mark.parametrize("words", [["--jobs", "0"], ["--jobs", "x"], ["--gpus", "a"], ["--only", "k999"], ["--timeout", "-1"],
                                    ["--timeout", "nan"], ["--gpus", ""],
-                                   ["--epochs", "0"], ["--lr", "fast"], ["--name", "x"], ["--unknown"]])
+                                   ["--epochs", "0"], ["--lr", "fast"], ["--name", "x"], ["--quantizer=vq_ema"],
+                                   ["--codebook_size", "64"], ["--metric", "cosine"], ["--unknown"]])
 def test_bad_words_give_one_line(capsys, tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     assert vqvae.run_command(lambda: run_gpu_experiments.main(words)) == 2

@@ -256,6 +256,8 @@ def test_two_runs_of_one_name_at_once(tiny_config):
         with pytest.raises(vqvae.UserError, match="another process"):
             vqvae.train(config)
     vqvae.train(config)
+    with pytest.raises(vqvae.UserError, match="another config .*dataset dead_leaves -> folder.*data_dir None -> "):
+        vqvae.train(tiny_config(dataset="folder"))
 
 
 def test_resume_flag_needs_a_run(tiny_config):
