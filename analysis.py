@@ -36,15 +36,17 @@ IN_METHOD = ("quantizer", "vq_recipe", "entropy_weight", "metric", "prediction",
 
 
 def load_runs(folders):
-    """The final_metrics.json of each run folder, with the run's name and recipe. Raises UserError."""
-    records = []
-    for folder in map(Path, folders):
+    """The final_metrics.json of each run folder, with its recipe and name: its path where two have one name. Raises UserError."""
+    records, folders = [], list(map(Path, folders))
+    names = collections.Counter(folder.name for folder in folders)
+    for folder in folders:
         path = folder / "final_metrics.json"
         try:
             record = vqvae.read_json(path)
             config = vqvae.stored_config(record["config"])
             record["config"] = config.to_dict()  # every setting, also for runs from before one existed
-            record = {"name": folder.name, "method": record.get("peer") or method(config), **record,
+            name = folder.name if names[folder.name] == 1 else str(folder)
+            record = {"name": name, "method": record.get("peer") or method(config), **record,
                       "psnr": float(record["psnr"])}
         except (KeyError, TypeError, ValueError) as error:
             raise vqvae.UserError(f"{path}: no finished run here ({error})") from error

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -260,6 +261,9 @@ def test_comparison_table(tiny_config, capsys):
     records = analysis.load_runs(analysis.find_runs(folder))
     assert [r["name"] for r in records] == ["ba_vq", "vq_ema"]
     assert all((folder / f"{name}.png").stat().st_size > 5000 for name in ("summary", "training", "usage"))
+    shutil.copytree(folder / "ba_vq", folder / "again" / "ba_vq")  # two of one name are two lines in a picture
+    same = [folder / "ba_vq", folder / "again" / "ba_vq"]
+    assert [r["name"] for r in analysis.load_runs([*same, folder / "vq_ema"])] == [*map(str, same), "vq_ema"]
     with pytest.raises(vqvae.UserError, match="no such folder: nowhere"):
         analysis.main([str(folder / "vq_ema"), "nowhere"])
     with pytest.raises(vqvae.UserError, match="sort_by"):
