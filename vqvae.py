@@ -42,6 +42,7 @@ import secrets
 import signal
 import sys
 import tarfile
+import textwrap
 import threading
 import time
 import typing
@@ -1794,15 +1795,16 @@ def config_yaml(config):
     return yaml.safe_dump(dataclasses.replace(config, overwrite=False, resume=False).to_dict(), sort_keys=False)
 
 
-def save_checkpoint(folder, position, model, optimizer, config, step, losses, histogram, seconds=0.0):
-    """Write a checkpoint at position (finished epochs, steps into the next); keep the newest two.
+def save_checkpoint(folder, model, optimizer, config, step, losses, histogram, seconds):
+    """Write a checkpoint after `step` steps; keep the newest two.
 
-    Losses and histogram of the unfinished epoch are those of all processes; seconds: spent in it so far.
+    Losses (steps of an epoch, 2) and histogram of the unfinished epoch are those of all processes; seconds: spent in it so far.
     """
     losses, histogram = all_reduce(losses.clone()) / world_size(), all_reduce(histogram.clone())
     if rank() != 0:
         return
-    name = f"checkpoint_epoch_{position[0]:04d}" + (f"_step_{position[1]:07d}" if position[1] else "")
+    epochs, steps = divmod(step, len(losses))
+    name = f"checkpoint_epoch_{epochs:04d}" + (f"_step_{steps:07d}" if steps else "")
     state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(),
              "optimizer": optimizer.state_dict(), "step": step, "losses": losses, "histogram": histogram, "seconds": seconds}
     atomic_write(folder / f"{name}.pt", lambda file: torch.save(state, file))
@@ -1828,9 +1830,11 @@ def reconstruction_picture(model, images, title, path, refine=0):
     scale = max(1, 64 // images.shape[1])
     pixels = grid.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
     height, width = pixels.shape[:2]
-    figure = Figure(figsize=(width / 100, height / 100 + 0.42), dpi=100)
+    letters = max(1, int(width / 6.5))  # of 8 pt that fit beside each other
+    lines = [line for text in (title, "originals above, reconstructions below") for line in textwrap.wrap(text, letters)]
+    figure = Figure(figsize=(width / 100, height / 100 + 0.14 * (1 + len(lines))), dpi=100)
     figure.figimage(pixels)  # from the lower left corner, each image pixel scale x scale pixels
-    figure.text(4 / width, 0.99, f"{title}\noriginals above, reconstructions below", fontsize=8, verticalalignment="top")
+    figure.text(4 / width, 0.99, "\n".join(lines), fontsize=8, verticalalignment="top")
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
@@ -1842,7 +1846,7 @@ def usage_picture(histogram, title, path):
     axes.step(np.arange(1, len(share) + 1), np.where(share > 0, share, np.nan), where="mid", color="#0072B2",
               label="share of indices")
     axes.axhline(1 / len(share), color="#D55E00", linestyle="--", label="uniform use")
-    axes.set(yscale="log", xlabel="code, sorted by use", ylabel="share of test indices", title=title,
+    axes.set(yscale="log", xlabel="code, sorted by use", ylabel="share of test indices", title=textwrap.fill(title, 55),
              xlim=(0, len(share) + 1))
     low, high = share[share > 0].min(), share.max()
     axes.set_ylim(min(low, 0.1 / len(share)) / 1.2, max(high, 10 / len(share)) * 1.2)  # two decades: even use looks even
@@ -2097,7 +2101,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
         while step < total_steps:
             epoch, start = divmod(step, steps_per_epoch)
             order = epoch_order(len(train_set), config.seed, epoch).to(device)
-            began, spent = time.perf_counter() - spent, 0.0
+            began = time.perf_counter() - spent
             model.train()
             progress = range(start, steps_per_epoch)
             for i in tqdm(progress, desc=f"epoch {epoch + 1}/{config.epochs}", leave=False,
@@ -2112,24 +2116,24 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
                     count_codes(histogram, model, indices)
                 step += 1
                 signum = signals.agreed(step)
-                if step % 100 == 0 or signum:
+                if step % 100 == 0:
                     check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
-                if signum and i + 1 < steps_per_epoch:
-                    save_checkpoint(folder, (epoch, i + 1), model, optimizer, config, step, losses, histogram,
-                                    time.perf_counter() - began)
-                    raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
+                if signum:
+                    break
 
-            check_finite(losses, epoch * steps_per_epoch, model)
-            seconds = time.perf_counter() - began  # check_finite has waited for the device
-            record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
-            if rank() == 0:
-                timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": seconds,
-                          "images_per_second": steps_per_epoch * config.batch_size / seconds}
-                report_epoch(config, folder, record, timing, wandb_run)
-            losses.zero_()
-            histogram.zero_()
-            save_checkpoint(folder, (epoch + 1, 0), model, optimizer, config, step, losses, histogram)
-            signum = signals.agreed(0)
+            check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
+            spent = time.perf_counter() - began  # check_finite has waited for the device
+            if i + 1 == steps_per_epoch:
+                record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
+                if rank() == 0:
+                    timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": spent,
+                              "images_per_second": steps_per_epoch * config.batch_size / spent}
+                    report_epoch(config, folder, record, timing, wandb_run)
+                losses.zero_()
+                histogram.zero_()
+                spent = 0.0
+            save_checkpoint(folder, model, optimizer, config, step, losses, histogram, spent)
+            signum = signum or signals.agreed(0)
             if signum:
                 raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
 

@@ -297,7 +297,8 @@ def test_not_a_number_stops_with_the_step(tiny_config, monkeypatch, where, cause
         return result
 
     monkeypatch.setattr(vqvae, "train_step", poisoned)
-    with pytest.raises(vqvae.UserError, match=f"step {step}: the {cause}.*is not finite; try a lower --lr.*checkpoint is kept"):
+    message = f"step {step + 1}: the {cause}.*is not finite; try a lower --lr.*checkpoint is kept"
+    with pytest.raises(vqvae.UserError, match=message):
         vqvae.train(tiny_config(epochs=3))
     folder = vqvae.Path(tiny_config().out_dir) / "tiny"
     assert [path.name for path in vqvae.checkpoints(folder)] == ["checkpoint_epoch_0001.pt"]
