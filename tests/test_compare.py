@@ -47,7 +47,7 @@ def test_no_run_begins_after_a_failure(results, tiny, tmp_path, monkeypatch):
     begun = []
 
     class Pool:
-        def __init__(self, jobs, context):
+        def __init__(self, *_):
             pass
 
         def __enter__(self):
