@@ -252,12 +252,13 @@ def open_runs(folders):
     data = images = None
     for folder, record in zip(folders, load_runs(folders)):
         own = [identity(record).get(key) for key in ("dataset", "data_dir", "image_size", "test_subset")]
-        model, config = vqvae.load_model(Path(folder) / "final_model.pt")
+        config = vqvae.Config.from_dict(record["config"])
         if data is None:
             data, images = own, vqvae.test_images(config)
         if own != data:
             print(f"left out, other test images: {record['name']}")
             continue
+        model, _ = vqvae.load_model(Path(folder) / "final_model.pt")
         records.append(record)
         models.append(model)
         histograms.append(vqvae.code_histogram(model, images, config.codebook_size))

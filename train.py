@@ -64,6 +64,14 @@ def config_from(argv):
     return vqvae.Config.from_dict(settings), dry_run
 
 
+def config_to_run(argv):
+    """The Config of `config_from`, for scripts that cannot only show it. Raises UserError."""
+    config, dry_run = config_from(argv)
+    if dry_run:
+        raise vqvae.UserError("dry_run: belongs to train.py; drop it here")
+    return config
+
+
 def main(argv=None):
     config, dry_run = config_from(argv)
     if dry_run:

@@ -93,9 +93,7 @@ def run_name(method, size, dim, seed, config):
 def cell(method, size, dim, seed, extra):
     """(Config, peer quantizer or None) of one cell of the grid. Raises UserError."""
     flags = [*METHODS[method], "--codebook_size", str(size), "--latent_dim", str(dim), "--seed", str(seed), *extra]
-    config, dry_run = train.config_from(flags)
-    if dry_run:
-        raise vqvae.UserError("dry_run: belongs to train.py; drop it here")
+    config = train.config_to_run(flags)
     if method in peers.PEERS and config.metric != "euclid":
         raise vqvae.UserError(f"metric: {method} has its own; drop the flag")
     torch.manual_seed(seed)

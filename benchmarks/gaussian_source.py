@@ -85,9 +85,7 @@ def parse(argv):
         raise vqvae.UserError(f"codebook_sizes: expected numbers with commas between ({error})") from error
     if min(sizes) < 2:
         raise vqvae.UserError(f"codebook_sizes: {min(sizes)} must be at least 2")
-    config, dry_run = train.config_from([*words, "--no_wandb"])
-    if dry_run:
-        raise vqvae.UserError("dry_run: belongs to train.py; drop it here")
+    config = train.config_to_run([*words, "--no_wandb"])
     if config.image_size > 64:  # the covariance has (3 S^2)^2 entries
         raise vqvae.UserError(f"image_size: {config.image_size} must be at most 64 here")
     return sizes, config

@@ -158,9 +158,7 @@ def parse(argv):
     if options.steps < 1 or options.rounds < 1:
         raise vqvae.UserError("steps and rounds must be at least 1")
     full_size = ["--latent_dim", "256", "--batch_size", "256", "--prediction", "none"]
-    config, dry_run = train.config_from([*full_size, *words, "--no_wandb"])
-    if dry_run:
-        raise vqvae.UserError("dry_run: belongs to train.py; drop it here")
+    config = train.config_to_run([*full_size, *words, "--no_wandb"])
     if "--quantizer" in {word.split("=")[0] for word in words}:
         raise vqvae.UserError("quantizer: all are measured here; drop it")
     if config.prediction != "none":

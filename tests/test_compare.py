@@ -72,11 +72,11 @@ def test_no_run_begins_after_a_failure(results, tiny, tmp_path, monkeypatch):
 
 
 def test_a_killed_comparison_leaves_no_run_behind(tiny, tmp_path):
-    flags = [w for k, v in tiny(epochs=100_000, out_dir="runs").items() if k not in ("name", "codebook_size", "latent_dim")
+    flags = [w for k, v in tiny(epochs=10_000, out_dir="runs").items() if k not in ("name", "codebook_size", "latent_dim")
              for w in (f"--{k}", str(v))]
     words = ["--methods", "vq_ema", "--codebook_sizes", "16", "--latent_dims", "4", "--seeds", "0", *flags]
     process = subprocess.Popen([sys.executable, ROOT / "benchmarks" / "compare.py", *words], cwd=tmp_path)
-    folder = tmp_path / "runs" / "vq_ema_k16_d4_h8b16_e100000_s0"
+    folder = tmp_path / "runs" / "vq_ema_k16_d4_h8b16_e10000_s0"
     wait_until(lambda: list(folder.glob("checkpoint_epoch_*")))
     process.kill()
     process.wait()

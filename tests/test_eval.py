@@ -227,6 +227,13 @@ def test_a_folder_stands_for_all_runs_below(run_folder, tiny_config, capsys):
     assert "tiny/final_model.pt" in out and "other/final_model.pt" in out
 
 
+def test_a_model_without_codes_is_found_before_any_is_evaluated(run_folder, tiny_config, capsys):
+    vqvae.train(tiny_config(epochs=2, name="warming_up", warmup_fraction=0.8))
+    early = run_folder.parent / "warming_up" / "checkpoint_epoch_0001.pt"
+    assert vqvae.run_command(lambda: eval_cifar.main(["--checkpoint", str(run_folder), str(early), "--no_fid"])) == 2
+    assert "warm-up" in capsys.readouterr().err and not (run_folder / "eval_metrics.json").exists()
+
+
 def test_several_checkpoints_share_the_originals(run_folder, tiny_config, stand_in, monkeypatch):
     vqvae.train(tiny_config(epochs=1, name="other", quantizer="vq_ema"))
     alone = {}
