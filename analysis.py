@@ -258,7 +258,7 @@ def open_runs(folders):
         if own != data:
             print(f"left out, other test images: {record['name']}")
             continue
-        model, _ = vqvae.load_model(Path(folder) / "final_model.pt")
+        model, _ = vqvae.load_model(folder)
         records.append(record)
         models.append(model)
         histograms.append(vqvae.code_histogram(model, images, config.codebook_size))
@@ -488,7 +488,7 @@ def main(argv=None):
     save_figure(training_curves(one_seed(folders)[:8]), out_dir / "training.png")
     histograms = []
     for folder in folders:
-        model, config = vqvae.load_model(folder / "final_model.pt")
+        model, config = vqvae.load_model(folder)
         histograms.append(vqvae.code_histogram(model, vqvae.test_images(config), config.codebook_size))
     save_figure(usage_histograms(records, histograms), out_dir / "usage.png")
     print(f"pictures in {out_dir}: summary.png, training.png (one seed, eight runs at most), usage.png; "

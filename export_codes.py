@@ -98,7 +98,7 @@ def parse(argv):
                                  ("decode", decode_command, "indices to images")):
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.set_defaults(function=function)
-        command.add_argument("--checkpoint", required=True, metavar="FILE", help="final_model.pt or a checkpoint")
+        command.add_argument("--checkpoint", required=True, metavar="FILE", help="run folder, final_model.pt or a checkpoint")
         command.add_argument("--output", required=True, metavar="FILE.npz", help="where to write")
         command.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, mps, cuda or cuda:N")
         if name == "encode":

@@ -1689,7 +1689,8 @@ def load_state(model, state, path):
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQVAE, Config]:
-    """(VQVAE in eval mode, Config) from a final_model.pt or a checkpoint. Raises UserError."""
+    """(VQVAE in eval mode, Config) from a run folder (its final_model.pt) or a checkpoint. Raises UserError."""
+    path = Path(path) / "final_model.pt" if os.path.isdir(path) else path
     state = read_checkpoint(path)
     config = stored_config(state["config"])
     model = make_model(config)

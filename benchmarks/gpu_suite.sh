@@ -5,7 +5,7 @@
 #     benchmarks/gpu_suite.sh tests speed        # some: tests speed fused memory scaling sweep large seeds
 #     SMALL=1 benchmarks/gpu_suite.sh            # rehearsal with tiny sizes, on any machine, in a copy that is then deleted
 #
-# Output goes to results/gpu/STEP.md, JSON to results/speed and experiments; results/gpu.md is all of it together.
+# Output goes to results/gpu/STEP.md, JSON to results/speed and experiments; results/gpu_suite.md is all of it together (results/gpu.md: that of one H200).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -72,6 +72,6 @@ for step in "${steps[@]}"; do
   fi
 done
 machine='import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU", "torch", torch.__version__)'
-{ echo "# Measured by benchmarks/gpu_suite.sh"; echo; "$python" -c "$machine"; echo; cat "$out"/*.md; } > results/gpu.md
-[ -z "${SMALL:-}" ] || cat results/gpu.md
+{ echo "# Measured by benchmarks/gpu_suite.sh"; echo; "$python" -c "$machine"; echo; cat "$out"/*.md; } > results/gpu_suite.md
+[ -z "${SMALL:-}" ] || cat results/gpu_suite.md
 exit $failed

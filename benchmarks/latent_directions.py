@@ -10,7 +10,6 @@ it takes the half of the latents that is coded without. Writes results/latent_di
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -49,8 +48,8 @@ def describe(path):
 
 def main(argv=None):
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or their final_model.pt")
-    records = [describe(run / "final_model.pt" if os.path.isdir(run) else run) for run in parser.parse_args(argv).runs]
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or their final_model.pt")
+    records = [describe(run) for run in parser.parse_args(argv).runs]
     vqvae.write_json(RESULTS, records)
     print("share of the variance, of that a function of direction 1\n")
     print(table(["run", "live", *(f"direction {i}" for i in range(1, 9))],

@@ -17,7 +17,6 @@ Writes results/price_of_balance.json. The runs need validation images and the eu
 import argparse
 import dataclasses
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -109,12 +108,12 @@ def unquantized_psnr(model, images):
     return vqvae.psnr(torch.cat(errors).double().mean()).item()
 
 
-def price(path, weights, passes, seed):
+def price(run, weights, passes, seed):
     """The record of one run: theory, and VQ-EMA and BA-VQ fitted to its latents."""
-    model, config = vqvae.load_model(path)
+    model, config = vqvae.load_model(run)
     train_images, val_images = vqvae.training_images(config)
     if len(val_images) == 0 or config.metric != "euclid" or (config.prediction, config.trellis) != ("none", "none"):
-        raise vqvae.UserError(f"{path}: needs a run with validation images (--val_size 5000), metric euclid, prediction none "
+        raise vqvae.UserError(f"{run}: needs a run with validation images (--val_size 5000), metric euclid, prediction none "
                               "and trellis none")
     with vqvae.eval_mode(model):
         z = torch.cat([analysis.latents_of(model, images) for images in train_images[:10000].split(500)])  # (N, D)
@@ -170,15 +169,14 @@ def parse(argv):
         raise vqvae.UserError(f"entropy_weights: expected numbers with commas between ({error})") from error
     if not all(weight >= 0 for weight in options.entropy_weights) or options.passes < 1:
         raise vqvae.UserError("entropy_weights must be 0 or more, passes 1 or more")
-    options.runs = [Path(run) / "final_model.pt" if os.path.isdir(run) else Path(run) for run in options.runs]
     return options
 
 
 def main(argv=None):
     options = parse(argv)
     records = []
-    for path in options.runs:
-        records.append(price(path, options.entropy_weights, options.passes, options.seed))
+    for run in options.runs:
+        records.append(price(run, options.entropy_weights, options.passes, options.seed))
         print(report(records[-1]), flush=True)
         vqvae.write_json(RESULTS, records)
 

@@ -164,7 +164,7 @@ def test_the_gpu_suite_repeats_only_what_failed(tmp_path):
     assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
     calls = (tmp_path / "calls").read_text().splitlines()
     assert all("--memory" in line or line.startswith("-c ") for line in calls)  # -c: the name of the GPU
-    table = (tmp_path / "results" / "gpu.md").read_text()
+    table = (tmp_path / "results" / "gpu_suite.md").read_text()
     assert all(f"## {step}, " in table for step in steps)
 
 

@@ -52,8 +52,9 @@ def test_a_run_leaves_every_artefact(tiny_config, capsys):
 def test_final_model_loads_alone(tiny_config):
     config = tiny_config()
     metrics = vqvae.train(config)
-    model, loaded = vqvae.load_model(vqvae.Path(config.out_dir) / "tiny" / "final_model.pt")
-    assert loaded == config
+    folder = vqvae.Path(config.out_dir) / "tiny"
+    model, loaded = vqvae.load_model(folder)
+    assert loaded == config == vqvae.load_model(folder / "final_model.pt")[1]
     histogram = vqvae.empty_histogram(model, 16)
     again = vqvae.evaluate(model, vqvae.test_images(loaded), 16, histogram=histogram)
     assert torch.equal(histogram, vqvae.code_histogram(model, vqvae.test_images(loaded), 16))
