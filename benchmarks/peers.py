@@ -4,11 +4,12 @@ Those of vector-quantize-pytorch are taken from it (pip install vector-quantize-
 from their formulas. Each builder takes the run's Config; PEERS names them. Settings stand here as tuned on the
 validation split (results/LOG.md); METHODS in compare.py adds the settings of the loop.
 
-    Sinkhorn    Zhang et al. 2024, Preventing Local Pitfalls in Vector Quantization via Optimal Transport (OptVQ)
+    Sinkhorn    Zhang et al. 2024, Preventing Local Pitfalls in Vector Quantization via Optimal Transport (OptVQ),
+                arXiv 2412.15195
     SQ-VAE      Takida et al. 2022, SQ-VAE: Variational Bayes on Discrete Representation with Self-annealed Stochastic
                 Quantization, arXiv 2205.07547
     CVQ         Zheng & Vedaldi 2023, Online Clustered Codebook, ICCV
-    Wasserstein Fang et al. 2025, Vector Quantization using Gaussian Wasserstein, arXiv 2506.15078
+    Wasserstein Fang et al. 2025, Enhancing Vector Quantization with Distributional Matching, arXiv 2506.15078
 """
 
 import math
