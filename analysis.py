@@ -46,8 +46,9 @@ def load_runs(folders):
             config = vqvae.stored_config(record["config"])
             record["config"] = config.to_dict()  # every setting, also for runs from before one existed
             name = folder.name if names[folder.name] == 1 else str(folder)
-            record = {"name": name, "method": record.get("peer") or method(config), **record,
-                      "psnr": float(record["psnr"])}
+            figures = {key: float(record[key]) for key in ("psnr", "perplexity", "usage_rate", "bits_per_index")}
+            figures["perplexity_share"] = figures["perplexity"] / config.codebook_size
+            record = {"name": name, "method": record.get("peer") or method(config), **record, **figures}
         except (KeyError, TypeError, ValueError) as error:
             raise vqvae.UserError(f"{path}: no finished run here ({error})") from error
         records.append(record)
@@ -57,6 +58,15 @@ def load_runs(folders):
 def find_runs(out_dir):
     """The folders of all finished runs below out_dir, sorted by name."""
     return sorted(path.parent for path in Path(out_dir).glob("*/final_metrics.json"))
+
+
+def without_peers(folders):
+    """Run folders less those of quantizers of benchmarks/peers.py, whose models are not loaded again; says which."""
+    folders = list(map(Path, folders))
+    peers = [folder for folder, record in zip(folders, load_runs(folders)) if "peer" in record]
+    if peers:
+        print(f"left out, quantizers of benchmarks/peers.py: {', '.join(folder.name for folder in peers)}")
+    return [folder for folder in folders if folder not in peers]
 
 
 def one_seed(folders):
@@ -228,16 +238,16 @@ def training_curves(folders):
             lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
             lines = [line for line in lines if "train_perplexity" in line]  # without epochs of warm-up
             split = "val" if "val_psnr" in lines[-1] else "train"
-        except (OSError, ValueError, TypeError, IndexError) as error:
+            epochs = [line["epoch"] for line in lines]
+            quality = [line["val_psnr"] if split == "val" else -10 * math.log10(line["recon_loss"]) for line in lines]
+            use = [line[f"{split}_perplexity"] / record["config"]["codebook_size"] for line in lines]
+        except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
             raise vqvae.UserError(f"{folder}: its metrics.jsonl is missing or damaged ({error}); leave the run out") from error
         options = {**styles[record["name"]], "markersize": 4}
         if split == "train":
             options["label"] += " (training images)"
-        epochs = [line["epoch"] for line in lines]
-        left.plot(epochs, [line["val_psnr"] if split == "val" else -10 * math.log10(line["recon_loss"]) for line in lines],
-                  **options)
-        size = record["config"]["codebook_size"]
-        right.plot(epochs, [line[f"{split}_perplexity"] / size for line in lines], **options)
+        left.plot(epochs, quality, **options)
+        right.plot(epochs, use, **options)
     left.set(xlabel="epoch", ylabel="PSNR in dB (validation)")
     right.set(xlabel="epoch", ylabel="perplexity / K (validation)", ylim=(0, 1.02))
     for axes in (left, right):
@@ -247,9 +257,10 @@ def training_curves(folders):
 
 
 def open_runs(folders):
-    """(records, models, code histograms, test images) of the runs that share the first one's test images."""
+    """(records, models, code histograms, test images) of the runs, but for peers, that share the first one's test images."""
     records, models, histograms = [], [], []
     data = images = None
+    folders = without_peers(folders)
     for folder, record in zip(folders, load_runs(folders)):
         own = [identity(record).get(key) for key in ("dataset", "data_dir", "image_size", "test_subset")]
         config = vqvae.Config.from_dict(record["config"])
@@ -332,9 +343,8 @@ def rate_distortion(records):
     lambda. Vertical: log2 K, the highest rate.
     """
     curves = _curves([record for record in records if record["config"]["quantizer"] == "ba_vq"], "entropy_weight")
-    over_lambda = {_setting(curve[0][0], "seed"): [] for curve in curves}
-    for curve in curves:
-        over_lambda[_setting(curve[0][0], "seed")].append(curve)
+    grouped = _groups(curves, lambda curve: _setting(curve[0][0], "seed"))
+    over_lambda = {_setting(group[0][0][0], "seed"): group for group in grouped}
 
     def kind(record):  # method without lambda
         return record["method"].replace(f" λ={float(record['config']['entropy_weight']):g}", "")
@@ -471,26 +481,19 @@ def main(argv=None):
     unfinished = [path.name for path in given if path.is_dir() and not (path / "final_metrics.json").exists()]
     if unfinished:
         print(f"left out, no finished run: {', '.join(unfinished)}")
-    folders = [path for path in given if (path / "final_metrics.json").exists()]
+    folders = without_peers(path for path in given if (path / "final_metrics.json").exists())
     records = load_runs(folders)
-    peers = [folder for folder, record in zip(folders, records) if "peer" in record]
-    if peers:
-        print(f"left out, quantizers of benchmarks/peers.py: {', '.join(folder.name for folder in peers)}")
-    folders = [folder for folder in folders if folder not in peers]
-    records = [record for record in records if "peer" not in record]
     if not records:
         raise vqvae.UserError("none of these is a run folder")
     print(table(records, options.sort_by))
     if len({record["config"]["seed"] for record in records}) > 1:
         print(f"\n{over_seeds(records)}")
     out_dir = folders[0].parent
-    save_figure(size_picture(records), out_dir / "summary.png")
-    save_figure(training_curves(one_seed(folders)[:8]), out_dir / "training.png")
-    histograms = []
-    for folder in folders:
-        model, config = vqvae.load_model(folder)
-        histograms.append(vqvae.code_histogram(model, vqvae.test_images(config), config.codebook_size))
-    save_figure(usage_histograms(records, histograms), out_dir / "usage.png")
+    shown, _, histograms, _ = open_runs(folders)
+    figures = {"summary": size_picture(records), "training": training_curves(one_seed(folders)[:8]),
+               "usage": usage_histograms(shown, histograms)}
+    for name, figure in figures.items():
+        save_figure(figure, out_dir / f"{name}.png")
     print(f"pictures in {out_dir}: summary.png, training.png (one seed, eight runs at most), usage.png; "
           "reconstructions.png and codebook_usage.png in each run folder")
 

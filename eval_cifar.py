@@ -39,7 +39,7 @@ def frechet_distance(features_a, features_b):
     """Frechet distance of Gaussians fitted to two feature sets (N, F), (M, F), in float64.
 
     |m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)), with Tr (C_a C_b)^(1/2) as the sum of the singular
-    values of A^T B, A and B being centred features over sqrt(N - 1): C_a = A^T A needs no square root, so
+    values of A B^T, A and B being centred features over sqrt(N - 1): C_a = A^T A needs no square root, so
     nothing is lost where N is near F or the covariances are singular. Raises ValueError for N or M < 2.
     """
     if min(len(features_a), len(features_b)) < 2 or features_a.shape[1] != features_b.shape[1]:
@@ -139,11 +139,20 @@ def inception_metrics(model, images, originals, inception, batch_size, refine=0)
             "ris": mean, "ris_std": deviation}
 
 
+def loads_again(path):
+    """Whether a final_model.pt has a quantizer of this project; says so where not, which its run's metrics tell."""
+    metrics = path.with_name("final_metrics.json")
+    peer = vqvae.read_json(metrics).get("peer") if metrics.exists() else None
+    if peer:
+        print(f"left out, {peer} of benchmarks/peers.py: {path}")
+    return not peer
+
+
 def find_checkpoints(words):
-    """The checkpoint files named, and every final_model.pt below the folders named. Raises UserError."""
+    """The checkpoint files named, and every final_model.pt below the folders named, but for peers. Raises UserError."""
     found = []
     for path in map(Path, words):
-        files = sorted(path.rglob("final_model.pt")) if os.path.isdir(path) else [path]
+        files = sorted(filter(loads_again, path.rglob("final_model.pt"))) if os.path.isdir(path) else [path]
         if not files:
             raise vqvae.UserError(f"checkpoint: no final_model.pt below {path}")
         found += files
@@ -159,7 +168,8 @@ def parse(argv):
     parser.add_argument("--data_dir", metavar="DIR", help="where the data set is (default: as in training)")
     parser.add_argument("--test_subset", type=int, metavar="N", help="only the first N test images (default: as in training)")
     parser.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, mps, cuda or cuda:N (default auto)")
-    parser.add_argument("--batch_size", type=int, default=100, metavar="N", help="images at once (default 100)")
+    parser.add_argument("--batch_size", type=int, default=100, metavar="N",
+                        help="images at once, at most (default 100; fewer of large ones)")
     parser.add_argument("--inception", metavar="FILE", help=f"{INCEPTION_NAME} (default: cache, else downloaded)")
     parser.add_argument("--mode", default="clean", choices=("clean", "legacy_pytorch"),
                         help="resizing to 299 pixels: clean (Pillow, antialiased bicubic) or legacy_pytorch (PyTorch, "
@@ -186,15 +196,16 @@ def evaluate_checkpoint(path, options, device, inception, originals):
         raise vqvae.UserError(f"test_subset: r-IS needs at least 10 images, not {len(images)}; raise it or add --no_fid")
     print(f"{path}: {len(images)} test images of {config.dataset}", flush=True)
     size, refine = config.codebook_size, options.refine
+    batch_size = min(options.batch_size, vqvae.evaluation_batch(images.shape[1], device))
     histogram = vqvae.empty_histogram(model, size)
     metrics = {"checkpoint": str(path), "dataset": config.dataset, "codebook_size": size, "refine": refine,
-               **vqvae.evaluate(model, images, size, options.batch_size, refine=refine, histogram=histogram)}
+               **vqvae.evaluate(model, images, size, batch_size, refine=refine, histogram=histogram)}
     if inception is not None:
         network, source = inception
         data = (config.dataset, config.data_dir, config.image_size, config.test_subset)
         if data not in originals:
-            originals[data] = original_features(images, network, options.batch_size)
-        metrics.update(inception_metrics(model, images, originals[data], network, options.batch_size, refine), **source)
+            originals[data] = original_features(images, network, batch_size)
+        metrics.update(inception_metrics(model, images, originals[data], network, batch_size, refine), **source)
     vqvae.write_json(path.parent / "eval_metrics.json", metrics)
     vqvae.reconstruction_picture(model, images[:16], f"{config.name}: PSNR {metrics['psnr']:.2f} dB on {len(images)} test images",
                                  path.parent / "reconstructions.png", refine)

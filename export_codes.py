@@ -24,19 +24,20 @@ import vqvae
 
 
 @torch.no_grad()
-def encode(model, images, batch_size=500, refine=0):
+def encode(model, images, refine=0):
     """Images uint8 (N, S, S, 3) -> code indices int64 (N, S/f, S/f) on the CPU; refine: passes of VQVAE.refined."""
     device = next(model.parameters()).device
-    batches = tqdm(images.split(batch_size), desc="encoding", disable=None)
+    batches = tqdm(images.split(vqvae.evaluation_batch(images.shape[1], device)), desc="encoding", disable=None)
     with vqvae.eval_mode(model):
         return torch.cat([model.encode(vqvae.to_float(batch.to(device)), refine).cpu() for batch in batches])
 
 
 @torch.no_grad()
-def decode(model, indices, batch_size=500):
+def decode(model, indices):
     """Code indices int64 (N, H, W) -> images uint8 (N, S, S, 3) on the CPU."""
     device = next(model.parameters()).device
-    batches = tqdm(indices.split(batch_size), desc="decoding", disable=None)
+    side = indices.shape[1] * model.downsample
+    batches = tqdm(indices.split(vqvae.evaluation_batch(side, device)), desc="decoding", disable=None)
     with vqvae.eval_mode(model):
         return torch.cat([vqvae.to_bytes(model.decode(batch.to(device))).permute(0, 2, 3, 1).cpu() for batch in batches])
 

@@ -3,6 +3,13 @@
 # Logs in logs/<run_name>.log; finished runs are skipped; further flags go to train.py:
 #     ./run_experiments.sh --seed 1 --out_dir experiments_seed1
 cd "$(dirname "$0")" || exit 2
+for word in "$@"; do
+  case $word in
+    --quantizer | --quantizer=* | --codebook_size | --codebook_size=* | --name | --name=*)
+      echo "error: ${word%%=*}: set by the runs; drop it, or use train.py" >&2
+      exit 2 ;;
+  esac
+done
 python=${PYTHON:-python}
 mkdir -p logs || exit 2
 failed=()

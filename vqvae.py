@@ -424,10 +424,10 @@ def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | 
     Returns RateDistortion(P, q, rate in bits, distortion).
     Raises ValueError on bad arguments, RuntimeError if the gap is not reached in max_iterations.
     """
-    if distances.dim() != 2 or 0 in distances.shape or not torch.isfinite(distances).all():
-        raise ValueError(f"distances must be a finite (N, K) matrix, got {tuple(distances.shape)}")
-    if not (0 <= beta < math.inf):
-        raise ValueError(f"beta must be finite and not negative, got {beta}")
+    if distances.dim() != 2 or 0 in distances.shape or not (distances.is_floating_point() and distances.isfinite().all()):
+        raise ValueError(f"distances must be a finite (N, K) matrix of floats, got {distances.dtype} {tuple(distances.shape)}")
+    if not (0 <= beta < math.inf and max_iterations >= 1):
+        raise ValueError(f"beta must be finite and not negative, max_iterations at least 1, got {beta}, {max_iterations}")
     if any(weights is not None and weights.shape != distances.shape[dim:dim + 1] for dim, weights in enumerate((source, prior))):
         raise ValueError(f"source must be (N,) and prior (K,) for distances {tuple(distances.shape)}")
     if source is not None and not ((source >= 0).all() and 0 < source.sum() < math.inf):
@@ -435,8 +435,8 @@ def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | 
     if prior is not None and not ((prior > 0).all() and prior.sum() < math.inf):  # at 0 a code would stay for ever
         raise ValueError("prior must be positive and finite")
     n, k = distances.shape
-    p = distances.new_full((n,), 1 / n) if source is None else source / source.sum()  # (N,)
-    log_q = distances.new_full((k,), -math.log(k)) if prior is None else (prior / prior.sum()).log()  # (K,)
+    p = distances.new_full((n,), 1 / n) if source is None else (source / source.sum()).to(distances)  # (N,)
+    log_q = distances.new_full((k,), -math.log(k)) if prior is None else (prior / prior.sum()).log().to(distances)  # (K,)
     exponent = -beta * distances  # (N, K)
     for _ in range(max_iterations):
         log_z = torch.logsumexp(log_q + exponent, dim=1)  # (N,) log partition function
@@ -570,7 +570,7 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     is dual ascent on q_k = 1/K, a Sinkhorn half-step where eta = s = 1 (Cuturi 2013).
     """
     log_kq = (q * len(q)).clamp_min(1e-12).log()  # (K,)
-    if entropy_weight == math.inf:
+    if entropy_weight > 1e30:  # inf, or near what float32 holds
         return log_w - step / sensitivity * log_kq
     slope = 1 + max(0.0, entropy_weight - 1) * sensitivity  # of log w - target in log w, through q
     return log_w + step / slope * ((1 - entropy_weight) * log_kq - log_w)
@@ -1516,9 +1516,9 @@ def count_codes(histogram: torch.Tensor, model: VQVAE, indices: torch.Tensor) ->
     histogram.view(-1).scatter_add_(0, numbers, torch.ones_like(numbers))
 
 
-def evaluation_batch(images: torch.Tensor, device: torch.device) -> int:
-    """How many of images (N, S, S, 3) to evaluate at once: 500 of 32 x 32, or, lest a GPU waits for Python, 2500."""
-    return max(1, (2500 if device.type == "cuda" else 500) * 32**2 // images.shape[1] ** 2)
+def evaluation_batch(side: int, device: torch.device) -> int:
+    """How many images of side x side pixels to evaluate at once: 500 of 32 x 32, or, lest a GPU waits for Python, 2500."""
+    return max(1, (2500 if device.type == "cuda" else 500) * 32**2 // side**2)
 
 
 @torch.no_grad()
@@ -1526,7 +1526,7 @@ def code_histogram(model: VQVAE, images: torch.Tensor, codebook_size: int) -> to
     """How often each code is the nearest over images uint8 (N, S, S, 3), as `empty_histogram`. Eval mode, float32."""
     histogram = empty_histogram(model, codebook_size)
     with eval_mode(model):
-        for batch in images.split(evaluation_batch(images, histogram.device)):
+        for batch in images.split(evaluation_batch(images.shape[1], histogram.device)):
             count_codes(histogram, model, model.encode(to_float(batch.to(histogram.device))))
     return histogram
 
@@ -1542,7 +1542,7 @@ def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size:
     was chosen.
     """
     device = next(model.parameters()).device
-    batches = images.split(batch_size or evaluation_batch(images, device))
+    batches = images.split(batch_size or evaluation_batch(images.shape[1], device))
     luma = torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)  # BT.601
     histogram = empty_histogram(model, codebook_size) if histogram is None else histogram
     rows = []  # per image: squared 8-bit error, squared luma error, ssim, float mse
@@ -1656,12 +1656,12 @@ def read_checkpoint(path: str | Path) -> dict:
                 raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
+        raise UserError(f"{path}: no such file; give a run folder that is finished, or a checkpoint") from error
     except Exception as error:  # torch.load raises many types on damaged or foreign files; all mean the same here
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: not a checkpoint of this project, or damaged ({reason})") from error
+        raise UserError(f"{path}: not a checkpoint of this project, or damaged ({reason}); remove it or take another") from error
     if not isinstance(state, dict) or not {"format_version", "config", "model"} <= set(state):
-        raise UserError(f"{path}: not a checkpoint of this project (keys missing)")
+        raise UserError(f"{path}: not a checkpoint of this project (keys missing); take another")
     if state["format_version"] not in range(1, FORMAT_VERSION + 1):
         raise UserError(f"{path}: format version {state['format_version']}, this code reads 1 to {FORMAT_VERSION}; "
                         "use the version of vqvae.py that wrote it")
@@ -1692,6 +1692,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQ
     """(VQVAE in eval mode, Config) from a run folder (its final_model.pt) or a checkpoint. Raises UserError."""
     path = Path(path) / "final_model.pt" if os.path.isdir(path) else path
     state = read_checkpoint(path)
+    if "peer" in state:
+        raise UserError(f"{path}: has a quantizer of benchmarks/peers.py ({state['peer']}), not loaded again; take another")
     config = stored_config(state["config"])
     model = make_model(config)
     load_state(model, state, path)
@@ -1961,14 +1963,14 @@ def average_gradients(model):
 
 
 def check_finite(losses, first_step, model):
-    """Raise UserError if a loss (steps, 2) or a weight is not finite, naming the step and the cause."""
+    """Raise UserError if a loss (steps, 2), a weight or a buffer is not finite, naming the step and the cause."""
     finite = torch.isfinite(losses)  # (steps, 2)
     bad = (~finite.all(1)).nonzero()
     if len(bad):
         step = bad[0].item()
         cause = "reconstruction loss" if finite[step, 1] else "quantizer loss (so a latent)"
-    elif not torch.stack([torch.isfinite(p).all() for p in model.parameters()]).all():
-        step, cause = len(losses) - 1, "weights after this step"
+    elif not torch.stack([torch.isfinite(x).all() for x in model.state_dict().values() if isinstance(x, torch.Tensor)]).all():
+        step, cause = len(losses) - 1, "weights or codes after this step"
     else:
         return
     raise UserError(f"step {first_step + step + 1}: the {cause} is not finite; try a lower --lr or --precision float32 "
@@ -2024,10 +2026,7 @@ def start_wandb(config, folder):
     """The Weights & Biases run, resumed by id, or None. Offline without a login, so it never blocks."""
     if not config.wandb or rank() != 0:
         return None
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("wandb is not installed: pip install wandb, or drop --wandb") from error
+    import wandb  # not above: few runs need it
     id_file = folder / "wandb_id"
     run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(6)
     atomic_write(id_file, lambda file: file.write(run_id.encode()))
@@ -2043,12 +2042,16 @@ def start_wandb(config, folder):
         return wandb.init(mode="offline", **options)
 
 
-def start_processes():
-    """Join the process group when started by torchrun."""
+def start_processes(device: str = "auto"):
+    """Join the process group when started by torchrun. Raises UserError where there are fewer GPUs than processes."""
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ) and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        on_gpus = torch.cuda.is_available() and device != "cpu"
+        if on_gpus:
+            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= gpus:
+                raise UserError(f"a process for each GPU, of which there are {gpus} here; lower --nproc_per_node")
+            torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # the first process may be downloading
 
 
@@ -2061,8 +2064,10 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     then on (`keep_freed_memory`). Raises UserError, or Interrupted after Ctrl-C or SIGTERM (the state
     is saved; the same call resumes).
     """
-    start_processes()
+    start_processes(config.device)
     folder = check_run_folder(config)
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb is not installed: pip install wandb, or drop --wandb")
     device, device_reason = pick_device(config.device)
     dtype, dtype_reason = pick_precision(config.precision, device)
     if config.batch_size % world_size():
@@ -2151,7 +2156,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
 def restore(config, folder, model, optimizer, steps_per_epoch):
     """Continue from the newest checkpoint, if any: (step, this epoch's losses (steps, 2), code histogram, seconds).
 
-    Raises UserError where the checkpoint is damaged or the data set has changed its size.
+    Raises UserError where the checkpoint is damaged or an epoch has another number of steps, since images came or went.
     """
     if rank() == 0:
         check_run_folder(config)  # again, now that no other process can write here
@@ -2243,9 +2248,10 @@ def finish_run(config, folder, model, train_set, test_set):
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     metrics["seed"] = config.seed
     metrics["config"] = config.to_dict()
-    if type(model.quantizer) not in OWN_QUANTIZERS:
-        metrics["peer"] = type(model.quantizer).__name__  # and not what the config says
-    state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict()}
+    # Of another quantizer, since it is not what the config says:
+    peer = {} if type(model.quantizer) in OWN_QUANTIZERS else {"peer": type(model.quantizer).__name__}
+    metrics.update(peer)
+    state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(), **peer}
     atomic_write(folder / "final_model.pt", lambda file: torch.save(state, file))
     reconstruction_picture(model, test_set[:16], f"{config.name}: PSNR {metrics['psnr']:.2f} dB on {len(test_set)} test images",
                            folder / "reconstructions.png")
@@ -2278,6 +2284,9 @@ def run_command(main):
         return 130
     except (MemoryError, RuntimeError) as error:
         reason = str(error).replace("\n", " ").split(". ")[0]
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            print(f"error: compile: PyTorch cannot compile the networks here; drop --compile ({reason})", file=sys.stderr)
+            return 2
         if isinstance(error, RuntimeError) and not re.search("out of memory|(allocate|enough) memory|ALLOC_FAILED", str(error)):
             raise
         print(f"error: out of memory: lower --batch_size, --hidden_dim or --codebook_size ({reason})", file=sys.stderr)

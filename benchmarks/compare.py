@@ -108,9 +108,6 @@ def run(method, size, dim, seed, extra, threads):
     name = config.name
     target = RESULTS / f"{name}.json"
     if target.exists():
-        stored = vqvae.read_json(target)["config"]
-        if "whitening" in stored or vqvae.identity(vqvae.stored_config(stored)) != vqvae.identity(config):
-            raise vqvae.UserError(f"{target}: holds a run of other settings or an earlier version; move results/compare/ away")
         return f"{name}: done before"
     metrics = vqvae.train(config, quantizer)
     device, _ = vqvae.pick_device(config.device)
@@ -145,14 +142,19 @@ def table_of(config):
     return tuple(config[name] for name in names)
 
 
-def check_tables(configs):
-    """Raise UserError where runs of a table differ in SHARED; configs: pairs of a run's name and its config as a dict."""
-    first = {}  # of each table
-    for run, config in configs:
-        expected = first.setdefault(table_of(config), config)
-        for name in SHARED:
-            if config[name] != expected[name]:
-                raise vqvae.UserError(f"{run}: {name} {config[name]}, but {expected[name]} in other runs of its table; "
+def check_tables(runs):
+    """Raise UserError where runs of a table differ in SHARED, or those of a method in more than the seed.
+
+    runs: (name, method, config as a dict) of each.
+    """
+    first, first_of_method = {}, {}
+    for run, method, config in runs:
+        table = first.setdefault(table_of(config), config)
+        row = first_of_method.setdefault((*table_of(config), method), config)
+        own = [name for name in vqvae.identity(vqvae.Config.from_dict(config)) if name != "seed"]
+        for name, expected in [*((name, table[name]) for name in SHARED), *((name, row[name]) for name in own)]:
+            if config[name] != expected:
+                raise vqvae.UserError(f"{run}: {name} {config[name]}, but {expected} in other runs of its table; "
                                       "move those of one of the two out of results/compare/")
 
 
@@ -161,6 +163,8 @@ def stored_results():
     records = {path: vqvae.read_json(path) for path in sorted(RESULTS.glob("*.json"))}
     for path, record in records.items():
         try:
+            if "whitening" in record["config"]:
+                raise vqvae.UserError("whitening is of an earlier version")
             record["config"] = vqvae.stored_config(record["config"]).to_dict()
         except (KeyError, TypeError, vqvae.UserError) as error:
             raise vqvae.UserError(f"{path}: its config is not valid here ({error}); move it away") from error
@@ -170,7 +174,7 @@ def stored_results():
 def load_results():
     """All result records, by the keys of table_of: {key: {method: {seed: record}}}."""
     records, groups = stored_results(), {}
-    check_tables((path, record["config"]) for path, record in records.items())
+    check_tables((path, record["method"], record["config"]) for path, record in records.items())
     for record in records.values():
         groups.setdefault(table_of(record["config"]), {}).setdefault(record["method"], {})[record["seed"]] = record
     return groups
@@ -293,21 +297,23 @@ def parse(argv):
     fixed &= {word.split("=")[0] for word in extra}
     if fixed:
         raise vqvae.UserError(f"{min(fixed)}: set by the grid; use --methods, --codebook_sizes, --latent_dims, --seeds")
+    if options.summary and extra:
+        raise vqvae.UserError(f"{extra[0]}: a setting of runs, which --summary does not make; drop one of the two")
     if options.jobs < 1:
         raise vqvae.UserError(f"jobs: {options.jobs} must be at least 1")
     unknown = [method for method in grid[0] if method not in METHODS]
     if unknown:
         raise vqvae.UserError(f"methods: {unknown[0]!r} is none of {names}")
-    return options, [(s, d, seed, m) for s, d, seed, m in itertools.product(*grid[1:], grid[0])], extra
+    return options, list(dict.fromkeys(itertools.product(*grid[1:], grid[0]))), extra  # (K, D, seed, method), each once
 
 
 def main(argv=None):
     options, cells, extra = parse(argv)
     if not options.summary:
         extra = ["--out_dir", "experiments/compare", "--no_wandb", *extra]
-        planned = [cell(m, s, d, seed, extra)[0] for s, d, seed, m in cells]  # everything is checked before any run
-        check_tables([*((path, record["config"]) for path, record in stored_results().items()),
-                      *((config.name, config.to_dict()) for config in planned)])
+        planned = [(m, cell(m, s, d, seed, extra)[0]) for s, d, seed, m in cells]  # everything is checked before any run
+        check_tables([*((path, record["method"], record["config"]) for path, record in stored_results().items()),
+                      *((config.name, method, config.to_dict()) for method, config in planned)])
         RESULTS.mkdir(parents=True, exist_ok=True)
         threads = max(1, (os.cpu_count() or 1) // options.jobs)
         with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:

@@ -19,10 +19,14 @@ if [ -n "${SMALL:-}" ]; then  # figures of a rehearsal must not pass for measure
   cd "$copy"
   "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || interpret="env TRITON_INTERPRET=1"
 fi
+all="tests speed fused memory scaling sweep large seeds"
+steps=("$@")
+[ ${#steps[@]} -gt 0 ] || steps=($all)
+for step in "${steps[@]}"; do
+  case " $all " in *" $step "*) ;; *) echo "no step $step: $all" >&2; exit 2 ;; esac
+done
 out=results/gpu
 mkdir -p "$out"
-steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(tests speed fused memory scaling sweep large seeds)
 
 if [ -n "${SMALL:-}" ]; then
   sizes="--codebook_sizes 64,256 --latent_dims 8 --vectors 1024"
@@ -54,7 +58,6 @@ run_step() {
     sweep)  $python run_gpu_experiments.py --jobs $jobs --out_dir experiments/gpu_suite $sweep ;;
     large)  $compare --codebook_sizes $large_sizes --seeds 0 ;;
     seeds)  $compare --codebook_sizes 512 --seeds $seeds ;;
-    *)      echo "no step $1: tests speed fused memory scaling sweep large seeds" >&2; return 2 ;;
   esac
 }
 

@@ -108,13 +108,19 @@ def unquantized_psnr(model, images):
     return vqvae.psnr(torch.cat(errors).double().mean()).item()
 
 
-def price(run, weights, passes, seed):
-    """The record of one run: theory, and VQ-EMA and BA-VQ fitted to its latents."""
+def open_run(run):
+    """(model, Config) of a run that has what `price` needs. Raises UserError."""
     model, config = vqvae.load_model(run)
-    train_images, val_images = vqvae.training_images(config)
-    if len(val_images) == 0 or config.metric != "euclid" or (config.prediction, config.trellis) != ("none", "none"):
+    if config.val_size == 0 or (config.metric, config.prediction, config.trellis) != ("euclid", "none", "none"):
         raise vqvae.UserError(f"{run}: needs a run with validation images (--val_size 5000), metric euclid, prediction none "
                               "and trellis none")
+    return model, config
+
+
+def price(run, weights, passes, seed):
+    """The record of one run: theory, and VQ-EMA and BA-VQ fitted to its latents."""
+    model, config = open_run(run)
+    train_images, val_images = vqvae.training_images(config)
     with vqvae.eval_mode(model):
         z = torch.cat([analysis.latents_of(model, images) for images in train_images[:10000].split(500)])  # (N, D)
         plain = unquantized_psnr(model, val_images)
@@ -161,7 +167,7 @@ def parse(argv):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or their final_model.pt")
     parser.add_argument("--entropy_weights", default="10,100,inf", metavar="L,L", help="lambdas of BA-VQ (default 10,100,inf)")
     parser.add_argument("--passes", type=int, default=4, metavar="N", help="over the latents of 10,000 images (default 4)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=train.count, default=0, metavar="N", help="of the starts of the codes (default 0)")
     options = parser.parse_args(argv)
     try:
         options.entropy_weights = [float(word) for word in options.entropy_weights.split(",")]
@@ -169,12 +175,15 @@ def parse(argv):
         raise vqvae.UserError(f"entropy_weights: expected numbers with commas between ({error})") from error
     if not all(weight >= 0 for weight in options.entropy_weights) or options.passes < 1:
         raise vqvae.UserError("entropy_weights must be 0 or more, passes 1 or more")
+    vqvae.Config(seed=options.seed)  # in range, or UserError
     return options
 
 
 def main(argv=None):
     options = parse(argv)
     records = []
+    for run in options.runs:
+        open_run(run)  # a bad one is found before any work is done
     for run in options.runs:
         records.append(price(run, options.entropy_weights, options.passes, options.seed))
         print(report(records[-1]), flush=True)

@@ -229,7 +229,9 @@ def main(argv=None):
         elif options.memory:
             words = ["--memory", "--one_size", "--codebook_sizes", str(k), "--latent_dims", str(d), "--vectors", str(n),
                      "--device", str(device), *(["--fused"] if options.fused else [])]
-            done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
+            if done.returncode:  # it has said why
+                return done.returncode
             records.append(json.loads(done.stdout))
         else:
             records.append(measure_time(methods, k, d, n, options.rounds, device, rates))

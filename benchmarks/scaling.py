@@ -38,7 +38,7 @@ TINY_BASE = {"K": 64, "D": 8, "N": 1024}
 def measure_point(point, device):
     """Extra bytes and seconds of one step; in this process, or in each of those torchrun started."""
     torch.set_num_threads(point["threads"])
-    vqvae.start_processes()
+    vqvae.start_processes(device.type)
     n = point["N"] // vqvae.world_size()
     extra = quantizer_step.measure_memory(point["method"], point["K"], point["D"], n, device)["extra_bytes"]
     z = torch.randn(n // 64, point["D"], 8, 8, device=device)
@@ -56,7 +56,9 @@ def run_point(point, device):
     several = point["processes"] > 1  # each process then takes a GPU of its own
     command = [sys.executable, *(launcher if several else []), __file__, "--device", device.type if several else str(device),
                "--point", json.dumps(point)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise vqvae.UserError(f"failed, for the reason above: {point}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -182,6 +184,9 @@ def main(argv=None):
         vqvae.say(json.dumps(measure_point(options.point, device)))
         return
     if not options.summary:
+        gpus = torch.cuda.device_count()
+        if device.type == "cuda" and options.max_processes > gpus:
+            raise vqvae.UserError(f"max_processes: {options.max_processes} is more than the {gpus} GPUs; lower it")
         if "ba_vq_fused" in options.methods:
             quantizer_step.check_fused(device)
         torch.set_num_threads(os.cpu_count())

@@ -161,8 +161,9 @@ def parse(argv):
     config = train.config_to_run([*full_size, *words, "--no_wandb"])
     if "--quantizer" in {word.split("=")[0] for word in words}:
         raise vqvae.UserError("quantizer: all are measured here; drop it")
-    if config.prediction != "none":
-        raise vqvae.UserError("prediction: the classical way has none; drop it here")
+    for name, value in (("prediction", "none"), ("trellis", "none"), ("metric", "euclid")):
+        if getattr(config, name) != value:
+            raise vqvae.UserError(f"{name}: the classical way is {value}; drop it here")
     return options, config
 
 

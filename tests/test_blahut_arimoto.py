@@ -63,10 +63,21 @@ def test_float32_input_stays_float32():
 
 @pytest.mark.parametrize("distances, beta", [
     (torch.rand(3), 1.0), (torch.rand(0, 3), 1.0), (torch.full((2, 2), math.nan), 1.0),
-    (torch.rand(2, 2), -1.0), (torch.rand(2, 2), math.inf), (torch.rand(2, 2), math.nan)])
+    (torch.rand(2, 2), -1.0), (torch.rand(2, 2), math.inf), (torch.rand(2, 2), math.nan), (torch.ones(2, 2).int(), 1.0)])
 def test_bad_arguments(distances, beta):
     with pytest.raises(ValueError):
         blahut_arimoto(distances, beta)
+
+
+def test_no_iteration_is_a_bad_argument():
+    with pytest.raises(ValueError, match="max_iterations"):
+        blahut_arimoto(torch.rand(2, 2), 1.0, max_iterations=0)
+
+
+def test_probabilities_of_another_precision_are_taken():
+    distances, source, prior = torch.rand(3, 2).double(), torch.rand(3) + 0.1, torch.rand(2) + 0.1
+    expected = blahut_arimoto(distances, 2.0, source.double(), prior.double())
+    assert torch.allclose(blahut_arimoto(distances, 2.0, source, prior).P, expected.P, atol=1e-5)
 
 
 @pytest.mark.parametrize("which", ["source", "prior"])

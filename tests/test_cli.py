@@ -389,6 +389,24 @@ def test_wandb_that_is_not_installed(tiny_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
     with pytest.raises(vqvae.UserError, match="pip install wandb"):
         vqvae.train(tiny_config(wandb=True))
+    folder = vqvae.Path(tiny_config().out_dir)
+    assert not folder.exists()
+    vqvae.train(tiny_config(epochs=1))
+    with pytest.raises(vqvae.UserError, match="pip install wandb"):
+        vqvae.train(tiny_config(epochs=1, wandb=True, overwrite=True))
+    assert (folder / "tiny" / "final_model.pt").exists()
+
+
+def test_where_nothing_can_be_compiled_one_line_says_so(capsys):
+    class InductorError(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def main():
+        raise InductorError("InvalidCxxCompiler: No working C++ compiler found\nmore")
+
+    assert vqvae.run_command(main) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "drop --compile" in message and "No working C++ compiler" in message
 
 
 def test_one_gpu_for_every_process_is_refused(monkeypatch):

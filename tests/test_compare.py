@@ -34,10 +34,13 @@ def test_one_json_per_run_and_no_repetition(results, tiny, tmp_path, monkeypatch
     assert "--methods ba_vq_lambda10 --codebook_sizes 16 --latent_dims 4 --seeds 1" in record["command"]
     assert "done before" in compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
     target = results / "ba_vq_lambda10_k16_d4_h8b16_e1_s1.json"
-    for values in ({"lr": 0.5}, {"whitening": 0.0}):  # the latter had other first weights
+    words = ["--methods", "ba_vq_lambda10", "--codebook_sizes", "16", "--latent_dims", "4", *flags]
+    for values, message in (({"lr": 0.5}, "lr 0.003, but 0.5 in other runs"), ({"whitening": 0.0}, "earlier version"),
+                            ({"temperature_end": 0.1}, "temperature_end 0.02, but 0.1 in other runs")):
         target.write_text(json.dumps({**record, "config": {**record["config"], **values}}))
-        with pytest.raises(vqvae.UserError, match="other settings or an earlier version"):
-            compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
+        for seeds in ("1", "2"):  # the same run, and one of its row
+            with pytest.raises(vqvae.UserError, match=message):
+                compare.main([*words, "--seeds", seeds])
 
 
 def test_no_run_begins_after_a_failure(results, tiny, tmp_path, monkeypatch):
@@ -124,6 +127,15 @@ def test_runs_of_another_depth_or_batch_have_their_own_name_and_table(results, t
     headings = [line for line in compare.summary().splitlines() if line.startswith("## ")]
     sizes = [", batch 16", ", batch 32", ", 6 residual blocks, batch 16"]
     assert headings == [f"## dead_leaves, K=16, D=4, hidden 8{size}, 2 epochs" for size in sizes]
+
+
+def test_a_cell_given_twice_is_run_once():
+    assert len(compare.parse(["--seeds", "0,1,0", "--methods", "vq_ema,vq_ema"])[1]) == 2
+
+
+def test_settings_of_runs_that_the_summary_does_not_make_are_refused():
+    with pytest.raises(vqvae.UserError, match="--lr"):
+        compare.parse(["--summary", "--lr", "1e-3"])
 
 
 def test_a_record_without_a_valid_config_is_named(results, tiny_config):

@@ -227,6 +227,17 @@ def test_a_folder_stands_for_all_runs_below(run_folder, tiny_config, capsys):
     assert "tiny/final_model.pt" in out and "other/final_model.pt" in out
 
 
+def test_peers_below_a_folder_are_left_out_and_named_alone(run_folder, tiny_config, capsys):
+    class Peer(vqvae.VQEMAQuantizer):
+        pass
+
+    vqvae.train(tiny_config(epochs=1, name="peer", quantizer="vq_ema", prediction="none"), Peer(16, 4))
+    assert eval_cifar.main(["--checkpoint", str(run_folder.parent), "--no_fid"]) == 0
+    assert "left out, Peer" in capsys.readouterr().out and not (run_folder.parent / "peer" / "eval_metrics.json").exists()
+    assert vqvae.run_command(lambda: eval_cifar.main(["--checkpoint", str(run_folder.parent / "peer" / "final_model.pt")])) == 2
+    assert "has a quantizer of benchmarks/peers.py (Peer)" in capsys.readouterr().err
+
+
 def test_a_model_without_codes_is_found_before_any_is_evaluated(run_folder, tiny_config, capsys):
     vqvae.train(tiny_config(epochs=2, name="warming_up", warmup_fraction=0.8))
     early = run_folder.parent / "warming_up" / "checkpoint_epoch_0001.pt"

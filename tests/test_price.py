@@ -114,7 +114,8 @@ def test_codebooks_are_fitted_with_the_tuned_decay_whatever_the_run_had(tiny, tm
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--entropy_weights", "a"], "commas"), (["--entropy_weights", "-1"], "0 or more"), (["--passes", "0"], "1 or more")])
+    (["--entropy_weights", "a"], "commas"), (["--entropy_weights", "-1"], "0 or more"), (["--passes", "0"], "1 or more"),
+    (["--seed", "99999999999999999999"], "seed"), (["--seed", "-1"], "seed")])
 def test_bad_input(flags, message):
     with pytest.raises(vqvae.UserError, match=message):
         price_of_balance.parse(["run", *flags])
@@ -126,4 +127,12 @@ def test_runs_that_cannot_be_priced(tiny, tmp_path):
         train_config = vqvae.Config(**tiny(name=name, epochs=1, **changes))
         vqvae.train(train_config)
         with pytest.raises(vqvae.UserError, match="validation images"):
-            price_of_balance.price(tmp_path / "experiments" / name / "final_model.pt", [1.0], 1, 0)
+            price_of_balance.main([str(tmp_path / "experiments" / name)])
+
+
+def test_a_bad_second_run_is_found_before_the_first_is_priced(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(price_of_balance, "RESULTS", tmp_path / "price.json")
+    vqvae.train(vqvae.Config(**tiny(epochs=1, prediction="none")))
+    with pytest.raises(vqvae.UserError, match="no such file"):
+        price_of_balance.main([str(tmp_path / "experiments" / "tiny"), "nowhere"])
+    assert not (tmp_path / "price.json").exists()

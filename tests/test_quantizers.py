@@ -117,6 +117,14 @@ def test_finite_lambda_settles_where_the_theory_says(entropy_weight):
     assert torch.allclose(log_w, (1 - entropy_weight) * (9 * q).log(), atol=1e-2)
 
 
+@pytest.mark.parametrize("entropy_weight", [1e20, 1e30, 1e39, 1e300])
+def test_a_huge_lambda_is_infinite(entropy_weight):
+    log_w, q = torch.randn(9), torch.rand(9).softmax(0)
+    sensitivity = torch.tensor(0.3)
+    expected = prior_step(log_w, q, math.inf, 0.5, sensitivity)
+    assert torch.allclose(prior_step(log_w, q, entropy_weight, 0.5, sensitivity), expected, atol=1e-6)
+
+
 def test_vq_ema_update_equals_an_independent_reference():
     decay, epsilon = 0.7, 1e-5
     quantizer = VQEMAQuantizer(5, 3, ema_decay=decay, restart_threshold=0.0).train()

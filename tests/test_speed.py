@@ -64,14 +64,32 @@ def test_points_vary_one_quantity_at_a_time():
 
 def test_several_processes_take_a_gpu_each(monkeypatch):
     words = []
-    monkeypatch.setattr(scaling.subprocess, "run", lambda command, **_: words.append(command) or SimpleNamespace(stdout="{}"))
+    done = SimpleNamespace(stdout="{}", returncode=0)
+    monkeypatch.setattr(scaling.subprocess, "run", lambda command, **_: words.append(command) or done)
     for processes, device in ((1, "cpu"), (2, "cuda:1")):
         scaling.run_point({"processes": processes}, torch.device(device))
     assert [command[command.index("--device") + 1] for command in words] == ["cpu", "cuda"]
 
 
+def test_a_measurement_that_fails_ends_without_a_traceback(monkeypatch):
+    failed = SimpleNamespace(stdout="", returncode=2)
+    monkeypatch.setattr(scaling.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(vqvae.UserError, match="failed, for the reason above"):
+        scaling.run_point({"processes": 1}, torch.device("cpu"))
+    words = ["--memory", "--codebook_sizes", "64", "--latent_dims", "8", "--vectors", "64", "--device", "cpu"]
+    assert quantizer_step.main(words) == 2
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(vqvae, "pick_device", lambda device: (torch.device("cuda"), "asked for"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(vqvae.UserError, match="max_processes: 2 is more than the 1 GPUs"):
+        scaling.main(["--max_processes", "2"])
+
+
 def test_throughput_refuses_what_it_does_not_do():
-    for words in (["--dry_run"], ["--quantizer", "vq_ema"], ["--prediction", "checkerboard"], ["--steps", "0"]):
+    for words in (["--dry_run"], ["--quantizer", "vq_ema"], ["--prediction", "checkerboard"], ["--trellis", "4"],
+                  ["--metric", "cosine"], ["--steps", "0"]):
         with pytest.raises(vqvae.UserError, match=words[0][2:]):
             throughput.parse(words)
 

@@ -251,6 +251,41 @@ def test_extended_runs(script, tmp_path):
     assert failing.returncode == 1 and "failed: vq_ema_k256 ba_vq_k256 vq_ema_k512 ba_vq_k512" in failing.stderr
 
 
+@pytest.mark.parametrize("word", ["--name=x", "--quantizer", "--codebook_size"])
+def test_extended_runs_refuse_what_their_names_say(word, tmp_path):
+    (tmp_path / "run_experiments.sh").write_text((ROOT / "run_experiments.sh").read_text())
+    done = subprocess.run(["bash", "run_experiments.sh", "--seed", "1", word, "64"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and word.split("=")[0] in done.stderr
+    assert not (tmp_path / "logs").exists()
+
+
+def test_the_gpu_suite_refuses_an_unknown_step(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "gpu_suite.sh").write_text((ROOT / "benchmarks" / "gpu_suite.sh").read_text())
+    done = subprocess.run(["bash", tmp_path / "benchmarks" / "gpu_suite.sh", "speed", "spede"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no step spede" in done.stderr and not (tmp_path / "results").exists()
+
+
+def test_a_run_that_cannot_be_shown_leaves_no_picture(tiny_config):
+    vqvae.train(tiny_config(name="good", epochs=1))
+    vqvae.train(tiny_config(name="bad", epochs=1, quantizer="vq_ema"))
+    folder = vqvae.Path(tiny_config().out_dir)
+    metrics = folder / "bad" / "metrics.jsonl"
+    kept = metrics.read_text()
+    metrics.write_text(kept.replace('"epoch"', '"epohc"'))
+    with pytest.raises(vqvae.UserError, match="bad: its metrics.jsonl is missing or damaged"):
+        analysis.main([str(folder / "good"), str(folder / "bad")])
+    metrics.write_text(kept)
+    (folder / "bad" / "final_model.pt").write_bytes(b"damaged")
+    with pytest.raises(vqvae.UserError, match="bad/final_model.pt"):
+        analysis.main([str(folder / "good"), str(folder / "bad")])
+    record = json.loads((folder / "bad" / "final_metrics.json").read_text())
+    (folder / "bad" / "final_metrics.json").write_text(json.dumps({**record, "perplexity": "x"}))
+    with pytest.raises(vqvae.UserError, match="no finished run here"):
+        analysis.main([str(folder / "good"), str(folder / "bad")])
+    assert not list(folder.glob("*.png"))
+
+
 def test_comparison_table(tiny_config, capsys):
     for quantizer in ("vq_ema", "ba_vq"):
         vqvae.train(tiny_config(quantizer=quantizer, name=quantizer, epochs=1))

@@ -282,19 +282,21 @@ def test_a_run_that_began_while_this_one_read_its_images_is_seen(tiny_config, mo
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where, cause", [("latents", "quantizer loss"), ("decoder", "reconstruction loss"),
-                                          ("weights", "weights")])
+                                          ("weights", "weights"), ("codes", "weights or codes")])
 def test_not_a_number_stops_with_the_step(tiny_config, monkeypatch, where, cause, value):
     """In step 8, the third of the second epoch (or after the last of the second): named, and the checkpoint before is good."""
-    real_step, calls, step = vqvae.train_step, [0], 11 if where == "weights" else 8
+    real_step, calls, step = vqvae.train_step, [0], 11 if where in ("weights", "codes") else 8
 
     def poisoned(model, optimizer, x, dtype, quantize):
         network = model.encoder if where == "latents" else model.decoder
         calls[0] += 1
-        if calls[0] == step + 1 and where != "weights":
+        if calls[0] == step + 1 and where in ("latents", "decoder"):
             network[-1 if where == "latents" else -2].bias.data[0] = value
         result = real_step(model, optimizer, x, dtype, quantize)
         if calls[0] == step + 1 and where == "weights":
             network[0].weight.data[0] = value
+        if calls[0] == step + 1 and where == "codes":
+            model.quantizer.second.log_w[0] = value
         return result
 
     monkeypatch.setattr(vqvae, "train_step", poisoned)
