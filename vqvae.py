@@ -576,64 +576,63 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     return log_w + step / slope * ((1 - entropy_weight) * log_kq - log_w)
 
 
-# A trellis: the codes are four subsets, of which a latent may use two, by the state that the latents before it have led to.
-# One bit of its index says which of the two, the other bits which code there. So an index has K values, the codebook 2K codes,
+# A trellis: the codes are four subsets, of which a latent may use two, by the path that the latents before it have taken.
+# One bit b of its index says which of the two, the other bits which code there. So an index has K values, the codebook 2K codes,
 # and a path through it is chosen for all latents of an image together (Fischer 1991): cells of many dimensions are rounder.
-
-TRELLIS = ((0, 2), (1, 3), (2, 0), (3, 1))  # subset for a bit (column) in a state (row): 2 b'' + b', the two bits before it
+# The subset is 2 (b xor b'') + b', of b and the bits before it, b' and b'', which are the state (Ungerboeck 1982); first 0, 0.
 
 
 def _branches(subsets):
-    """Values of the four subsets (..., 4) -> of the branches (..., 4, 2), by state and bit."""
-    return torch.stack([subsets[..., subset] for row in TRELLIS for subset in row], -1).unflatten(-1, (4, 2))
+    """Values of the four subsets (..., 4) -> of the branches (..., 2, 2, 2), by the bits b'', b' and b."""
+    values = subsets.unflatten(-1, (2, 2)).mT  # (..., 2, 2) by b' and b xor b''
+    return torch.stack([values, values.flip(-1)], -3)
+
+
+def _subsets(bits):
+    """Subsets (B, T) along paths of bits (B, T), int64."""
+    before = F.pad(bits, (2, 0))  # (B, T + 2)
+    return 2 * (bits ^ before[:, :-2]) + before[:, 1:-1]
 
 
 def cheapest_path(costs: torch.Tensor) -> torch.Tensor:
-    """Subsets (B, T) int64 of the path from state 0 with the least sum of costs (B, T, 4): Viterbi's algorithm."""
-    branches, choices = _branches(costs), []  # (B, T, 4, 2)
-    total = costs.new_full((len(costs), 4), math.inf)  # of the cheapest path to each state
-    total[:, 0] = 0
+    """Subsets (B, T) int64 of the path with the least sum of costs (B, T, 4): Viterbi's algorithm."""
+    branches, choices = _branches(costs), []
+    total = costs.new_full((len(costs), 2, 2), math.inf)  # of the cheapest path to each state
+    total[:, 0, 0] = 0
     for t in range(costs.shape[1]):
-        # State 2b' + b is reached by bit b from the states 2b'' + b', b'' = 0 and 1.
-        total, choice = (total[:, :, None] + branches[:, t]).view(-1, 2, 2, 2).min(1)  # both (B, 2, 2)
-        total = total.flatten(1)
+        total, choice = (total[..., None] + branches[:, t]).min(1)  # (B, 2, 2) by b' and b: over b''
         choices.append(choice.flatten(1))
-    state, path = total.argmin(1, keepdim=True), []  # (B, 1)
-    for choice in reversed(choices):
-        before = 2 * choice.gather(1, state) + (state >> 1)
-        path.append(2 * ((state & 1) ^ (before >> 1)) + (before & 1))  # TRELLIS[before][state & 1]
-        state = before
-    return torch.cat(path[::-1], 1)
+    states = [total.flatten(1).argmin(1, keepdim=True)]  # (B, 1) 2 b' + b
+    for choice in reversed(choices[1:]):
+        states.append((states[-1] >> 1) + 2 * choice.gather(1, states[-1]))
+    return _subsets(torch.cat(states[::-1], 1) & 1)
 
 
 def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
     """Log probability (B, T, 4) of each subset where a path has the product of its subsets' weights, log_weights (B, T, 4).
 
-    The forward-backward algorithm (Bahl 1974), from state 0; -inf for subsets out of reach.
+    The forward-backward algorithm (Bahl 1974); -inf for subsets out of reach. Backward is forward with time and bits reversed, so
+    one loop does both.
     """
-    branches = _branches(log_weights)  # (B, T, 4, 2)
-    forward, backward = [log_weights.new_full((len(log_weights), 4), -math.inf)], [log_weights.new_zeros(len(log_weights), 4)]
-    forward[0][:, 0] = 0
-    length = log_weights.shape[1]
-    for t in range(length - 1):
-        ahead = (forward[t][:, :, None] + branches[:, t]).view(-1, 2, 2, 2).logsumexp(1).flatten(1)  # (B, 4)
-        forward.append(ahead - ahead.amax(1, keepdim=True))
-        reached = backward[t].view(-1, 1, 2, 2).expand(-1, 2, 2, 2).flatten(1, 2)  # (B, 4, 2) by the state before and the bit
-        behind = (branches[:, length - 1 - t] + reached).logsumexp(2)
-        backward.append(behind - behind.amax(1, keepdim=True))
-    reached = torch.stack(backward[::-1], 1)  # (B, T, 4)
-    reached = reached.view(*reached.shape[:2], 1, 2, 2).expand(-1, -1, 2, 2, 2).flatten(2, 3)
-    joint = (torch.stack(forward, 1)[..., None] + branches + reached).flatten(2).log_softmax(2)  # (B, T, 8)
-    pairs = [[2 * state + row.index(subset) for state, row in enumerate(TRELLIS) if subset in row] for subset in range(4)]
-    return torch.stack([torch.logaddexp(joint[..., i], joint[..., j]) for i, j in pairs], -1)
+    branches = _branches(log_weights)  # (B, T, 2, 2, 2)
+    both = torch.stack([branches, branches.flip(1).transpose(-3, -1)])  # (2, B, T, 2, 2, 2)
+    totals = [log_weights.new_zeros(2, len(log_weights), 2, 2)]  # of all paths to a state, up to a factor
+    totals[0][0] = -math.inf
+    totals[0][0, :, 0, 0] = 0
+    for t in range(log_weights.shape[1] - 1):
+        steps = totals[t][..., None] + both[:, :, t]  # (2, B, 2, 2, 2)
+        total = torch.logaddexp(steps[..., 0, :, :], steps[..., 1, :, :])  # (2, B, 2, 2)
+        totals.append(total - total.amax((-2, -1), keepdim=True))
+    forward, backward = torch.stack(totals, 2)  # both (B, T, 2, 2)
+    joint = forward[..., None] + branches + backward.flip(1).mT[..., None, :, :]  # (B, T, 2, 2, 2)
+    joint = joint.flatten(2).log_softmax(2).view_as(joint)
+    shares = torch.logaddexp(joint, joint.flip((-3, -1)))[..., 0, :, :]  # (B, T, 2, 2) by b' and b xor b''
+    return shares.mT.flatten(2)
 
 
 def path_numbers(indices: torch.Tensor, codebook_size: int) -> torch.Tensor:
     """Numbers (B, T) in [0, 2K) of the codes that indices (B, T) in [0, K), one path a row, stand for."""
-    bits = indices // (codebook_size // 2)
-    before = F.pad(bits, (2, 0))  # (B, T + 2)
-    subsets = 2 * (bits ^ before[:, :-2]) + before[:, 1:-1]  # TRELLIS
-    return subsets * (codebook_size // 2) + indices % (codebook_size // 2)
+    return _subsets(indices // (codebook_size // 2)) * (codebook_size // 2) + indices % (codebook_size // 2)
 
 
 def path_indices(numbers: torch.Tensor, codebook_size: int) -> torch.Tensor:
@@ -739,7 +738,7 @@ class Quantizer(nn.Module):
     ema_decay in [0, 1); commitment_weight: of the mean of (z - z_q)^2 over vectors and dimensions, van den Oord 2017
     equation 3, for unit vectors of the mean of |z - z_q|^2, in [0, 4], since a dimension of theirs has little to vary;
     restart_threshold: fraction of the mean EMA count below which a code is dead (0: never); trellis: choose the codes of an
-    image along a path through TRELLIS, each among K of 2K codes (K even).
+    image along a path through the trellis, each among K of 2K codes (K even).
     Raises ValueError on a value outside its range.
     """
 

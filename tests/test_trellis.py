@@ -11,7 +11,9 @@ import torch
 import analysis
 import export_codes
 import vqvae
-from vqvae import TRELLIS, BAQuantizer, PredictiveQuantizer, VQEMAQuantizer
+from vqvae import BAQuantizer, PredictiveQuantizer, VQEMAQuantizer
+
+TRELLIS = ((0, 2), (1, 3), (2, 0), (3, 1))  # Ungerboeck 1982: subset for a bit (column) in a state (row), 2 b'' + b'
 
 
 def all_paths(length):
