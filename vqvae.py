@@ -1182,7 +1182,8 @@ class VQVAE(nn.Module):
         The distortion that counts is the image's, sum |decoder(e) - x|^2. To second order around the codes e in use, the best
         codes are those nearest to e - g / h, g its gradient and h its curvature: |g| / |e - z|, one for each image, in the live
         directions of the codebook, since in the others no choice of codes can follow. A pass moves every second latent 0.7 of
-        the way there from z: neighbours overlap in the image, so they take turns.
+        the way there from z: neighbours overlap in the image, so they take turns. That is a guess, so for each image
+        the latents with the least error are returned, those before the first pass among them.
         Not differentiable, and meant for eval mode: training with it makes the encoder lean on it, until perplexity and PSNR
         fall (results/LOG.md). Needs a quantizer of this module.
         """
@@ -1197,18 +1198,24 @@ class VQVAE(nn.Module):
             with torch.autocast(z.device.type, enabled=False):
                 return torch.einsum("bdhw,dl->blhw", v, live).flatten(1).norm(dim=1)
 
-        moved = z
-        for i in range(passes):
+        best, least, moved = z, z.new_full((len(z),), math.inf), z
+        for i in range(passes + 1):  # the last only to see where the last pass has led
             with eval_mode(self.quantizer):
                 codes = self.quantizer(moved).z_q  # (B, D, H, W)
             with torch.inference_mode(False), torch.enable_grad():
                 e = codes.clone().requires_grad_()
-                g, = torch.autograd.grad((self.reconstruct(e).float() - x).square().sum(), e)
+                errors = (self.reconstruct(e).float() - x).square().sum((1, 2, 3))  # (B,)
+                g = torch.autograd.grad(errors.sum(), e)[0] if i < passes else None
+            errors = errors.detach()
+            best = torch.where((errors < least)[:, None, None, None], moved, best)
+            least = torch.minimum(errors, least)
+            if g is None:
+                break
             gap = codes - z
             inverse_curvature = (live_norm(gap) / live_norm(g)).nan_to_num(0, posinf=0)  # (B,) 1 / h; 0 where g is 0
             target = z + REFINE_STEP * (gap - inverse_curvature[:, None, None, None] * g)
             moved = torch.where(second if i % 2 else ~second, target, moved)
-        return moved
+        return best
 
     def reconstruct(self, z_q: torch.Tensor) -> torch.Tensor:
         """Codes (B, D, H, W) -> images (B, 3, S, S), not clamped."""

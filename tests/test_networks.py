@@ -89,9 +89,12 @@ def test_live_directions_by_reverse_water_filling(bits, axes):
 def refined_by_hand(model, x, passes):
     """VQVAE.refined latent by latent, for a codebook of numbers (D = 1)."""
     z = model.latents(x).detach()
-    moved = z.clone()
-    for i in range(passes):
+    moved, met = z.clone(), []  # met: (errors, latents) of each pass
+    for i in range(passes + 1):
         e = model.quantizer(moved).z_q.requires_grad_()
+        met.append(((model.reconstruct(e) - x).square().sum((1, 2, 3)).detach(), moved.clone()))
+        if i == passes:
+            break
         g, = torch.autograd.grad((model.reconstruct(e) - x).square().sum(), e)
         for b in range(len(x)):
             step = (e[b] - z[b]).norm() / g[b].norm()
@@ -100,7 +103,8 @@ def refined_by_hand(model, x, passes):
                     if (row + column) % 2 == i % 2:
                         gap = e[b, 0, row, column] - z[b, 0, row, column]
                         moved[b, 0, row, column] = z[b, 0, row, column] + 0.7 * (gap - step * g[b, 0, row, column])
-    return moved.detach()
+    return torch.stack([min(((errors[b], latents[b]) for errors, latents in met), key=lambda pair: pair[0])[1]
+                        for b in range(len(x))])
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
@@ -151,6 +155,18 @@ def test_refinement_lowers_the_error_of_a_trained_model(tiny_config):
     images = vqvae.test_images(config)
     plain, one, four = (vqvae.evaluate(model, images, config.codebook_size, refine=n)["mse"] for n in (0, 1, 4))
     assert four < one < plain
+
+
+@pytest.mark.parametrize("step", [0.7, -3.0])  # the latter away from where the decoder wants them
+def test_refinement_makes_no_image_worse(step, monkeypatch):
+    monkeypatch.setattr(vqvae, "REFINE_STEP", step)
+    model = VQVAE(BAQuantizer(16, 4), 8, 4).train()
+    x = torch.rand(20, 3, 16, 16)
+    model(x)
+    model.eval()
+    with torch.no_grad():
+        plain, refined = ((model(x, refine=passes).images - x).square().sum((1, 2, 3)) for passes in (0, 3))
+    assert (refined <= plain).all() and ((refined < plain).any() or step < 0)
 
 
 @pytest.mark.parametrize("metric", ["euclid", "cosine"])
