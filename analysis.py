@@ -56,7 +56,7 @@ def load_runs(folders):
 
 
 def find_runs(out_dir):
-    """The folders of all finished runs below out_dir, sorted by name."""
+    """The folders of all finished runs in out_dir, sorted by name."""
     return sorted(path.parent for path in Path(out_dir).glob("*/final_metrics.json"))
 
 
@@ -471,7 +471,7 @@ def save_figure(figure, path):
 
 def main(argv=None):
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="finished runs; others are skipped")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="finished runs; others and peers are skipped")
     parser.add_argument("--sort_by", default="name", metavar="KEY", help="metric or setting that orders the table (default name)")
     options = parser.parse_args(argv)
     missing = [str(path) for path in options.folders if not os.path.exists(path)]

@@ -1,7 +1,7 @@
 """Evaluate checkpoints on the test set: PSNR, SSIM, codebook use, r-FID and r-IS.
 
     python eval_cifar.py --checkpoint experiments/RUN/final_model.pt
-    python eval_cifar.py --checkpoint experiments                     # every final_model.pt below
+    python eval_cifar.py --checkpoint experiments                     # every final_model.pt below, but for peers
     python eval_cifar.py --checkpoint experiments --refine 2          # codes improved by two passes through the decoder
     python eval_cifar.py --checkpoint experiments/RUN/final_model.pt --inception ~/inception-2015-12-05.pt
 
@@ -154,7 +154,7 @@ def find_checkpoints(words):
     for path in map(Path, words):
         files = sorted(filter(loads_again, path.rglob("final_model.pt"))) if os.path.isdir(path) else [path]
         if not files:
-            raise vqvae.UserError(f"checkpoint: no final_model.pt below {path}")
+            raise vqvae.UserError(f"checkpoint: no final_model.pt to evaluate below {path}")
         found += files
     folders = [path.parent.resolve() for path in found]
     if len(set(folders)) < len(folders):
@@ -164,7 +164,8 @@ def find_checkpoints(words):
 
 def parse(argv):
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--checkpoint", nargs="+", required=True, metavar="PATH", help="final_model.pt files, or folders")
+    parser.add_argument("--checkpoint", nargs="+", required=True, metavar="PATH",
+                        help="checkpoints, or folders: every final_model.pt below, but for peers")
     parser.add_argument("--data_dir", metavar="DIR", help="where the data set is (default: as in training)")
     parser.add_argument("--test_subset", type=int, metavar="N", help="only the first N test images (default: as in training)")
     parser.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, mps, cuda or cuda:N (default auto)")

@@ -8,7 +8,7 @@
 
 Runs finished with the same config are skipped; a failing one does not stop the others. Logs are in
 OUT_DIR/NAME.log, the summary in OUT_DIR/gpu_run_summary.json and OUT_DIR/summary.png.
-Exit codes: 0 all runs finished, 1 some failed, 2 bad input, 130 Ctrl-C.
+Exit codes: 0 all runs finished, 1 some failed, 2 bad input, 130 Ctrl-C or SIGTERM.
 """
 
 import argparse

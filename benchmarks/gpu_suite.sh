@@ -5,7 +5,8 @@
 #     benchmarks/gpu_suite.sh tests speed        # some: tests speed fused memory scaling sweep large seeds
 #     SMALL=1 benchmarks/gpu_suite.sh            # rehearsal with tiny sizes, on any machine, in a copy that is then deleted
 #
-# Output goes to results/gpu/STEP.md, JSON to results/speed and experiments; results/gpu_suite.md is all of it together (results/gpu.md: that of one H200).
+# Output goes to results/gpu/STEP.md, JSON to results/speed, results/compare and experiments; results/gpu_suite.md is all of it together
+# (results/gpu.md: that of one H200). results/summary.md, rate_distortion.png and scaling.md are made anew.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
