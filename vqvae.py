@@ -116,7 +116,8 @@ class Config:
     downsample: int = option(4, "image pixels per latent, per side", choices=(2, 4, 8, 16))
     # quantizer
     quantizer: str = option("ba_vq", "quantizer", choices=("vq_ema", "ba_vq"))
-    codebook_size: int = option(512, "values K of an index; codes: K, twice as many with prediction, and with a trellis", low=1, high=1 << 20)
+    codebook_size: int = option(512, "values K of an index; so many codes, twice as many with prediction, and with a trellis",
+                               low=1, high=1 << 20)
     metric: str = option("euclid", "distance between latents and codes", choices=("euclid", "cosine"))
     commitment_weight: float = option(0.25, "weight of the commitment loss", low=0, high=1e6)
     ema_decay: Optional[float] = option(None, "decay of the codebook EMA (default: by recipe and latents per code and batch)",
@@ -134,7 +135,8 @@ class Config:
                                     low=0, high=1)
     ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
     prediction: Optional[str] = option(None, "'checkerboard': every second latent is coded as the difference from what the codes "
-                                       "around it tell, with codes of its own (default: so; cosine, vq_ema classical, images of one latent: none)",
+                                       "around it tell, with codes of its own (default: so; cosine, vq_ema classical, "
+                                       "images of one latent: none)",
                                        choices=("none", "checkerboard"))
     trellis: str = option("none", "'4': the codes of an image are chosen jointly, along a path through a trellis of four states, "
                           "each among codebook_size of twice as many codes", choices=("none", "4"))
@@ -1820,7 +1822,8 @@ def save_checkpoint(folder, model, optimizer, config, step, losses, histogram, s
     epochs, steps = divmod(step, len(losses))
     name = f"checkpoint_epoch_{epochs:04d}" + (f"_step_{steps:07d}" if steps else "")
     state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(),
-             "optimizer": optimizer.state_dict(), "step": step, "losses": losses, "histogram": histogram, "seconds": seconds, **peer_of(model)}
+             "optimizer": optimizer.state_dict(), "step": step, "losses": losses, "histogram": histogram, "seconds": seconds,
+             **peer_of(model)}
     atomic_write(folder / f"{name}.pt", lambda file: torch.save(state, file))
     for old in checkpoints(folder)[:-2]:
         old.unlink()
