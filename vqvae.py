@@ -1680,6 +1680,11 @@ def read_checkpoint(path: str | Path) -> dict:
     return state
 
 
+def all_finite(model):
+    """Whether all weights and buffers are; a GPU is waited for once."""
+    return torch.stack([x.isfinite().all() for x in model.state_dict().values() if isinstance(x, torch.Tensor)]).all().item()
+
+
 def load_state(model, state, path):
     """Load checkpoint weights into a model. Raises UserError where they do not fit."""
     try:
@@ -1692,7 +1697,7 @@ def load_state(model, state, path):
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: the weights do not fit the model of its config ({reason})") from error
-    if not all(weight.isfinite().all() for weight in model.state_dict().values() if isinstance(weight, torch.Tensor)):
+    if not all_finite(model):
         raise UserError(f"{path}: holds weights that are not finite; take an earlier checkpoint")
 
 
@@ -1983,7 +1988,7 @@ def check_finite(losses, first_step, model):
     if len(bad):
         step = bad[0].item()
         cause = "reconstruction loss" if finite[step, 1] else "quantizer loss (so a latent)"
-    elif not torch.stack([torch.isfinite(x).all() for x in model.state_dict().values() if isinstance(x, torch.Tensor)]).all():
+    elif not all_finite(model):
         step, cause = len(losses) - 1, "weights or codes after this step"
     else:
         return

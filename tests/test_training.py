@@ -429,6 +429,16 @@ def test_a_rank_alone_is_no_process_group(monkeypatch):
     assert not vqvae.dist.is_initialized()
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(vqvae.UserError, match="lower --nproc_per_node"):
+        vqvae.start_processes()
+    assert not vqvae.dist.is_initialized()
+
+
 def test_learning_rate_warms_up_and_decays_to_zero():
     rates = [vqvae.learning_rate(step, 1000, 2.0) for step in range(1000)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == 2.0 and rates[20] == 2.0
