@@ -67,6 +67,9 @@ METHODS = {
     **{name: [*VQ_EMA, *NO_WARMUP] for name in ("lib_simvq", "lib_fsq", "lib_lfq", "sq_vae")},
     "lib_cosine": [*VQ_EMA, "--commitment_weight", "2"],
 }
+# At large K more latent directions are worth codes, and a longer warm-up lets them grow before there are any (FINDINGS.md).
+METHODS.update({f"{name}_warmup20": [*METHODS[name], "--warmup_fraction", "0.2"] for name in (
+    "vq_ema", "vq_ema_predictive_trellis", "ba_vq_lambda10_predictive_trellis", "ba_vq_lambdainf_predictive_trellis")})
 RESULTS = ROOT / "results" / "compare"
 GAUSSIAN = ROOT / "results" / "gaussian_source.json"  # gaussian_source.py writes it
 REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of this project only)
