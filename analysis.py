@@ -132,13 +132,14 @@ def _cells(values, columns):
 def _sort_value(record, key):
     """A record's metric or setting as something that sorts: None last, "inf" as a number."""
     values = {**record["config"], **record}
-    if key == "config" or key not in values:
-        raise vqvae.UserError(f"sort_by: no metric or setting is called {key!r}; final_metrics.json has their names")
-    return values[key] is None, math.inf if values[key] == "inf" else values[key]
+    value = values.get(key)  # no SSIM below 11 pixels
+    return value is None, math.inf if key == "entropy_weight" and value == "inf" else value
 
 
 def table(records, sort_by="name", descending=False):
     """Text table of runs, sorted by any metric or setting, and of the BA-over-EMA differences. Raises UserError."""
+    if sort_by == "config" or not any(sort_by in record or sort_by in record["config"] for record in records):
+        raise vqvae.UserError(f"sort_by: no metric or setting is called {sort_by!r}; final_metrics.json has their names")
     records = sorted(records, key=lambda record: _sort_value(record, sort_by), reverse=descending)
     lines = _aligned([["run", "method", "K", "D", "seed", *(title for _, title, _ in COLUMNS)]] + [
         [record["name"], record["method"], *(str(record["config"][key]) for key in ("codebook_size", "latent_dim", "seed")),
@@ -477,7 +478,7 @@ def main(argv=None):
     missing = [str(path) for path in options.folders if not os.path.exists(path)]
     if missing:
         raise vqvae.UserError(f"no such folder: {', '.join(missing)}")
-    given = list({path.resolve(): path for path in options.folders}.values())  # each once
+    given = list({path.resolve(): path if path.name else path.resolve() for path in options.folders}.values())  # each once
     unfinished = [path.name for path in given if path.is_dir() and not (path / "final_metrics.json").exists()]
     if unfinished:
         print(f"left out, no finished run: {', '.join(unfinished)}")

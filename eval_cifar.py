@@ -208,10 +208,7 @@ def evaluate_checkpoint(path, options, device, inception, originals):
             originals[data] = original_features(images, network, batch_size)
         metrics.update(inception_metrics(model, images, originals[data], network, batch_size, refine), **source)
     vqvae.write_json(path.parent / "eval_metrics.json", metrics)
-    vqvae.reconstruction_picture(model, images[:16], f"{config.name}: PSNR {metrics['psnr']:.2f} dB on {len(images)} test images",
-                                 path.parent / "reconstructions.png", refine)
-    vqvae.usage_picture(histogram, f"{config.name}: perplexity {metrics['perplexity']:.0f} of {size}",
-                        path.parent / "codebook_usage.png")
+    vqvae.write_pictures(path.parent, model, images, config, metrics, histogram, refine)
     return metrics
 
 

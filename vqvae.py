@@ -134,9 +134,9 @@ class Config:
     anneal_fraction: float = option(0.5, "ba_vq: fraction of training after the warm-up over which the temperature falls",
                                     low=0, high=1)
     ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
-    prediction: Optional[str] = option(None, "'checkerboard': every second latent is coded as the difference from what the codes "
-                                       "around it tell, with codes of its own (default: so; cosine, vq_ema classical, "
-                                       "images of one latent: none)",
+    prediction: Optional[str] = option(None, "'checkerboard': every second latent is predicted from the codes around it, and the "
+                                       "difference has codes of its own (default: so; none for cosine, vq_ema classical, "
+                                       "images of one latent)",
                                        choices=("none", "checkerboard"))
     trellis: str = option("none", "'4': the codes of an image are chosen jointly, along a path through a trellis of four states, "
                           "each among codebook_size of twice as many codes", choices=("none", "4"))
@@ -260,7 +260,8 @@ def read_yaml(path: str | Path) -> dict:
     """The settings in a YAML file, as a dict. Raises UserError."""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _ConfigLoader)
-    except (OSError, RecursionError, ArithmeticError, ValueError, LookupError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, RecursionError, ArithmeticError, ValueError, TypeError, LookupError, AttributeError,
+            yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot read this YAML file: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
@@ -305,16 +306,16 @@ def pick_device(device: str = "auto") -> tuple[torch.device, str]:
         return torch.device("cpu"), "no CUDA device and no Apple GPU found"
     try:
         picked = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device: {device!r} is none of auto, cpu, mps, cuda, cuda:N") from error
+    except RuntimeError:
+        picked = None
+    if picked is None or picked.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device: {device!r} is none of auto, cpu, mps, cuda, cuda:N")
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device: {device!r} is not there ({torch.cuda.device_count()} CUDA devices found); use --device cpu")
     if picked.type == "cuda" and picked.index is not None and world_size() > 1:
         raise UserError(f"device: {device!r} would put every process on one GPU; under torchrun use --device cuda")
     if picked.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: 'mps' is not there; use --device cpu")
-    if picked.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device: {device!r} is none of auto, cpu, mps, cuda, cuda:N")
     return picked, "asked for"
 
 
@@ -737,8 +738,8 @@ class Quantizer(nn.Module):
     zero until the first batch in training mode places them.
 
     codebook_size K: values of an index; dim D; metric 'euclid' (squared distance) or 'cosine' (the same on unit vectors);
-    ema_decay in [0, 1); commitment_weight: of the mean of (z - z_q)^2 over vectors and dimensions, van den Oord 2017
-    equation 3, for unit vectors of the mean of |z - z_q|^2, in [0, 4], since a dimension of theirs has little to vary;
+    ema_decay in [0, 1); commitment_weight: of the mean of (z - z_q)^2 over vectors and dimensions (van den Oord 2017
+    equation 3); for cosine of the mean of |z - z_q|^2, in [0, 4], since single dimensions of unit vectors vary little;
     restart_threshold: fraction of the mean EMA count below which a code is dead (0: never); trellis: choose the codes of an
     image along a path through the trellis, each among K of 2K codes (K even).
     Raises ValueError on a value outside its range.
@@ -958,7 +959,7 @@ class BAQuantizer(Quantizer):
         self.entropy_weight, self.ba_iters = entropy_weight, ba_iters
         self.temperature_start, self.temperature_end, self.anneal_fraction = temperature_start, temperature_end, anneal_fraction
         self.register_buffer("log_w", torch.zeros(len(self.codebook)))
-        self.register_buffer("temperature", torch.tensor(temperature_start))
+        self.register_buffer("temperature", torch.tensor(float(temperature_start)))
         self.register_buffer("distortion", torch.tensor(1.0))  # EMA of the squared distance to the nearest code
 
     def set_progress(self, progress):
@@ -1174,16 +1175,16 @@ class VQVAE(nn.Module):
         return self._compared(self.refined(z, x, refine)) if refine else z
 
     def _compared(self, z):
-        """Latents z (B, D, H, W) as the metric compares them, and the decoder knows them, also before there are codes."""
+        """Latents z (B, D, H, W) as quantizer and decoder see them, warm-up included: for cosine unit vectors."""
         return F.normalize(z.float(), dim=1) if getattr(self.quantizer, "metric", "euclid") == "cosine" else z
 
     @torch.no_grad()
     def refined(self, z, x, passes):
         """Latents z (B, D, H, W) of images x, moved towards where the decoder wants them, in `passes` passes through it.
 
-        The distortion that counts is the image's, sum |decoder(e) - x|^2. To second order around the codes e in use, the best
-        codes are those nearest to e - g / h, g its gradient and h its curvature: |g| / |e - z|, one for each image, in the live
-        directions of the codebook, since in the others no choice of codes can follow. A pass moves every second latent 0.7 of
+        The distortion that counts is the image's, sum |decoder(e) - x|^2, with gradient g and curvature h. To second order around
+        the codes e in use, the best codes are those nearest to e - g / h. h is taken as |g| / |e - z|, one for each image, in
+        the live directions of the codebook, since in the others no choice of codes can follow. A pass moves every second latent 0.7 of
         the way there from z: neighbours overlap in the image, so they take turns. That is a guess, so for each image
         the latents with the least error are returned, those before the first pass among them.
         Not differentiable, and meant for eval mode: training with it makes the encoder lean on it, until perplexity and PSNR
@@ -1200,19 +1201,19 @@ class VQVAE(nn.Module):
             with torch.autocast(z.device.type, enabled=False):
                 return torch.einsum("bdhw,dl->blhw", v, live).flatten(1).norm(dim=1)
 
-        best, least, moved = z, z.new_full((len(z),), math.inf), z
+        best, least, moved = z, z.new_full((len(z),), math.inf), z  # least: errors of best
         for i in range(passes + 1):  # the last only to see where the last pass has led
             with eval_mode(self.quantizer):
                 codes = self.quantizer(moved).z_q  # (B, D, H, W)
             with torch.inference_mode(False), torch.enable_grad():
                 e = codes.clone().requires_grad_()
                 errors = (self.reconstruct(e).float() - x).square().sum((1, 2, 3))  # (B,)
-                g = torch.autograd.grad(errors.sum(), e)[0] if i < passes else None
-            errors = errors.detach()
-            best = torch.where((errors < least)[:, None, None, None], moved, best)
-            least = torch.minimum(errors, least)
-            if g is None:
+            better = errors.detach() < least  # (B,)
+            best = torch.where(better[:, None, None, None], moved, best)
+            if i == passes:
                 break
+            least = torch.where(better, errors.detach(), least)
+            g, = torch.autograd.grad(errors, e, torch.ones_like(errors))
             gap = codes - z
             inverse_curvature = (live_norm(gap) / live_norm(g)).nan_to_num(0, posinf=0)  # (B,) 1 / h; 0 where g is 0
             target = z + REFINE_STEP * (gap - inverse_curvature[:, None, None, None] * g)
@@ -1317,7 +1318,10 @@ def _cifar10(config, train):
     archive = root / "cifar-10-python.tar.gz"
 
     def load():  # RuntimeError where it is missing or corrupted
-        return torch.from_numpy(torchvision.datasets.CIFAR10(root, train=train).data)
+        try:
+            return torch.from_numpy(torchvision.datasets.CIFAR10(root, train=train).data)
+        except OSError as error:
+            raise UserError(f"data_dir: cannot read CIFAR-10 in {root} ({error.strerror}); choose another --data_dir") from error
 
     with contextlib.suppress(RuntimeError):
         return load()
@@ -1495,8 +1499,8 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def codebook_metrics(histogram: torch.Tensor, codebook_size: int | None = None) -> dict[str, float]:
     """Perplexity, usage and bits per index of a code histogram (codes,), or of one for each half of the latents, (2, codes).
 
-    codebook_size K: how many of the codes an index can choose (default: all); half of them with a trellis. The entropy is that of
-    an index whose half is known and, with a trellis, the bit before it, which says whether its subset is odd.
+    codebook_size K: values of an index (default: one per code; with a trellis half as many). The entropy is conditional on the
+    half and, with a trellis, on the bit before, which says whether the subset is odd.
     """
     trellis = histogram.shape[-1] != (codebook_size or histogram.shape[-1])
     histogram = histogram.cpu().double()  # Apple GPUs have no float64
@@ -1811,9 +1815,14 @@ def config_yaml(config):
     return yaml.safe_dump(dataclasses.replace(config, overwrite=False, resume=False).to_dict(), sort_keys=False)
 
 
-def peer_of(model):
-    """{"peer": class of the quantizer} where that is not one of this module, so not what the config says; else {}."""
-    return {} if type(model.quantizer) in OWN_QUANTIZERS else {"peer": type(model.quantizer).__name__}
+def peer_of(quantizer):
+    """{"peer": its class} where a quantizer is not one of this module, so not what the config says; else {}."""
+    return {} if quantizer is None or type(quantizer) in OWN_QUANTIZERS else {"peer": type(quantizer).__name__}
+
+
+def model_state(model, config):
+    """What `load_model` reads."""
+    return {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(), **peer_of(model.quantizer)}
 
 
 def save_checkpoint(folder, model, optimizer, config, step, losses, histogram, seconds):
@@ -1826,9 +1835,8 @@ def save_checkpoint(folder, model, optimizer, config, step, losses, histogram, s
         return
     epochs, steps = divmod(step, len(losses))
     name = f"checkpoint_epoch_{epochs:04d}" + (f"_step_{steps:07d}" if steps else "")
-    state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(),
-             "optimizer": optimizer.state_dict(), "step": step, "losses": losses, "histogram": histogram, "seconds": seconds,
-             **peer_of(model)}
+    state = {**model_state(model, config), "optimizer": optimizer.state_dict(), "step": step, "losses": losses,
+             "histogram": histogram, "seconds": seconds}
     atomic_write(folder / f"{name}.pt", lambda file: torch.save(state, file))
     for old in checkpoints(folder)[:-2]:
         old.unlink()
@@ -1874,6 +1882,14 @@ def usage_picture(histogram, title, path):
     axes.set_ylim(min(low, 0.1 / len(share)) / 1.2, max(high, 10 / len(share)) * 1.2)  # two decades: even use looks even
     axes.legend()
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def write_pictures(folder, model, images, config, metrics, histogram, refine=0):
+    """Both pictures of a run, of test images uint8 (N, S, S, 3)."""
+    reconstruction_picture(model, images[:16], f"{config.name}: PSNR {metrics['psnr']:.2f} dB on {len(images)} test images",
+                           folder / "reconstructions.png", refine)
+    title = f"{config.name} (seed {config.seed}): perplexity {metrics['perplexity']:.0f} of {config.codebook_size}"
+    usage_picture(histogram, title, folder / "codebook_usage.png")
 
 
 # ----------------------------------------------------------------------------------------
@@ -2093,8 +2109,11 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
         raise UserError(f"batch_size: {config.batch_size} is not divisible by {world_size()} processes")
     done = folder / "final_metrics.json"
     if done.exists() and not config.overwrite:
+        metrics = read_json(done)
+        if metrics.get("peer") != peer_of(quantizer).get("peer"):
+            raise UserError(f"{folder}: holds a run of another quantizer than this one; choose another --name or add --overwrite")
         say(f"{folder}: already finished with this config; --overwrite trains it again")
-        return read_json(done)
+        return metrics
     say(f"device: {device} ({device_reason}); networks in {str(dtype)[6:]} ({dtype_reason}); seed {config.seed}")
 
     train_set, val_set = training_images(config)
@@ -2119,7 +2138,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     with locked(folder), _deterministic(config.deterministic), _Signals() as signals:
         step, losses, histogram, spent = restore(config, folder, model, optimizer, steps_per_epoch)
         wandb_run = start_wandb(config, folder)
-        local = slice(*(process * config.batch_size // world_size() for process in (rank(), rank() + 1)))
+        share = config.batch_size // world_size()  # images of a step for each process
         set_progress = getattr(model.quantizer, "set_progress", lambda progress: None)
         how_to_resume = "the same command" + (" without --overwrite" if config.overwrite else "") + " resumes"
 
@@ -2128,14 +2147,13 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
             order = epoch_order(len(train_set), config.seed, epoch).to(device)
             began = time.perf_counter() - spent
             model.train()
-            progress = range(start, steps_per_epoch)
-            for i in tqdm(progress, desc=f"epoch {epoch + 1}/{config.epochs}", leave=False,
+            for i in tqdm(range(start, steps_per_epoch), desc=f"epoch {epoch + 1}/{config.epochs}", leave=False,
                           disable=True if rank() else None):
                 torch.manual_seed(config.seed * 1_000_003 + step)  # restarts do not depend on where a run resumed
                 set_learning_rate(optimizer, learning_rate(step, total_steps, config.lr))
                 set_progress(max(0, step - warmup_steps) / (total_steps - warmup_steps))
-                batch = order[i * config.batch_size:(i + 1) * config.batch_size][local]
-                x = to_float(train_set[batch])  # (B, 3, S, S)
+                first = i * config.batch_size + rank() * share
+                x = to_float(train_set[order[first:first + share]])  # (B, 3, S, S)
                 losses[i], indices = take_step(model, optimizer, x, dtype, quantize=step >= warmup_steps)
                 if indices is not None:
                     count_codes(histogram, model, indices)
@@ -2262,18 +2280,12 @@ def finish_run(config, folder, model, train_set, test_set):
     histogram = empty_histogram(model, config.codebook_size)
     metrics = evaluate(model, test_set, config.codebook_size, histogram=histogram)
     on_train = codebook_metrics(code_histogram(model, train_set, config.codebook_size), config.codebook_size)
-    metrics.update({"usage_rate_train": on_train["usage_rate"], "perplexity_train": on_train["perplexity"]})
-    metrics["perplexity_share"] = metrics["perplexity"] / config.codebook_size
-    metrics["parameters"] = sum(p.numel() for p in model.parameters())
-    metrics["seed"] = config.seed
-    metrics["config"] = config.to_dict()
-    metrics.update(peer_of(model))
-    state = {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(), **peer_of(model)}
-    atomic_write(folder / "final_model.pt", lambda file: torch.save(state, file))
-    reconstruction_picture(model, test_set[:16], f"{config.name}: PSNR {metrics['psnr']:.2f} dB on {len(test_set)} test images",
-                           folder / "reconstructions.png")
-    title = f"{config.name} (seed {config.seed}): perplexity {metrics['perplexity']:.0f} of {config.codebook_size}"
-    usage_picture(histogram, title, folder / "codebook_usage.png")
+    metrics.update(usage_rate_train=on_train["usage_rate"], perplexity_train=on_train["perplexity"],
+                   perplexity_share=metrics["perplexity"] / config.codebook_size,
+                   parameters=sum(p.numel() for p in model.parameters()), seed=config.seed, config=config.to_dict(),
+                   **peer_of(model.quantizer))
+    atomic_write(folder / "final_model.pt", lambda file: torch.save(model_state(model, config), file))
+    write_pictures(folder, model, test_set, config, metrics, histogram)
     write_json(folder / "final_metrics.json", metrics)
     if histogram.numel() > metrics["num_indices"] / 10:
         say(f"note: {metrics['num_indices']} test indices are few for {config.codebook_size} codes; usage and perplexity "

@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import statistics
 import sys
@@ -88,13 +89,17 @@ SHARED = ("train_subset", "test_subset", "val_size", "image_size", "downsample",
 
 
 def run_name(method, size, dim, seed, config):
+    dataset = "" if config.dataset == "cifar10" else f"_{config.dataset}"
     depth = "" if config.res_blocks == 2 else f"x{config.res_blocks}"
     batch = "" if config.batch_size == 128 else f"b{config.batch_size}"
-    return f"{method}_k{size}_d{dim}_h{config.hidden_dim}{depth}{batch}_e{config.epochs}_s{seed}"
+    return f"{method}{dataset}_k{size}_d{dim}_h{config.hidden_dim}{depth}{batch}_e{config.epochs}_s{seed}"
 
 
 def cell(method, size, dim, seed, extra):
     """(Config, peer quantizer or None) of one cell of the grid. Raises UserError."""
+    own = set(METHODS[method]) & {word.split("=")[0] for word in extra if word.startswith("--")}
+    if own:
+        raise vqvae.UserError(f"{min(own)}: set by the method {method}; drop the flag")
     flags = [*METHODS[method], "--codebook_size", str(size), "--latent_dim", str(dim), "--seed", str(seed), *extra]
     config = train.config_to_run(flags)
     if method in peers.PEERS and config.metric != "euclid":
@@ -247,7 +252,7 @@ def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, batch=128, epochs=1
         for name, runs in sorted(methods.items()):
             rate = statistics.mean(runs[seed]["bits_per_index"] for seed in shared)
             quality = statistics.mean(runs[seed]["psnr"] for seed in shared)
-            if name.startswith("ba_vq_lambda"):
+            if re.fullmatch(r"ba_vq_lambda(\d+|inf)(_predictive)?(_trellis)?", name):
                 config = next(iter(runs.values()))["config"]
                 found[config["prediction"], config["trellis"]].append((float(config["entropy_weight"]), rate, quality))
                 continue
@@ -296,7 +301,8 @@ def parse(argv):
                                               (options.codebook_sizes, options.latent_dims, options.seeds))]
     except ValueError as error:
         raise vqvae.UserError(f"codebook_sizes, latent_dims, seeds: expected numbers with commas between ({error})") from error
-    fixed = {"--quantizer", "--prediction", "--trellis", "--codebook_size", "--latent_dim", "--seed", "--name"}
+    fixed = {"--quantizer", "--prediction", "--trellis", "--codebook_size", "--latent_dim", "--seed", "--name",
+             "--vq_recipe", "--entropy_weight"}
     fixed &= {word.split("=")[0] for word in extra}
     if fixed:
         raise vqvae.UserError(f"{min(fixed)}: set by the grid; use --methods, --codebook_sizes, --latent_dims, --seeds")

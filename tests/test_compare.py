@@ -28,12 +28,12 @@ def test_one_json_per_run_and_no_repetition(results, tiny, tmp_path, monkeypatch
     flags = [w for k, v in tiny(epochs=1).items() if k not in ("name", "codebook_size", "latent_dim", "out_dir")
              for w in (f"--{k}", str(v))]
     line = compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
-    record = json.loads((results / "ba_vq_lambda10_k16_d4_h8b16_e1_s1.json").read_text())
+    record = json.loads((results / "ba_vq_lambda10_dead_leaves_k16_d4_h8b16_e1_s1.json").read_text())
     assert "PSNR" in line and record["seed"] == 1 and record["method"] == "ba_vq_lambda10" and record["seconds"] > 0
     assert record["refined_psnr"] != record["psnr"] and 0 < record["refined_usage_rate"] <= 1
     assert "--methods ba_vq_lambda10 --codebook_sizes 16 --latent_dims 4 --seeds 1" in record["command"]
     assert "done before" in compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
-    target = results / "ba_vq_lambda10_k16_d4_h8b16_e1_s1.json"
+    target = results / "ba_vq_lambda10_dead_leaves_k16_d4_h8b16_e1_s1.json"
     words = ["--methods", "ba_vq_lambda10", "--codebook_sizes", "16", "--latent_dims", "4", *flags]
     for values, message in (({"lr": 0.5}, "lr 0.003, but 0.5 in other runs"), ({"whitening": 0.0}, "earlier version"),
                             ({"temperature_end": 0.1}, "temperature_end 0.02, but 0.1 in other runs")):
@@ -79,7 +79,7 @@ def test_a_killed_comparison_leaves_no_run_behind(tiny, tmp_path):
              for w in (f"--{k}", str(v))]
     words = ["--methods", "vq_ema", "--codebook_sizes", "16", "--latent_dims", "4", "--seeds", "0", *flags]
     process = subprocess.Popen([sys.executable, ROOT / "benchmarks" / "compare.py", *words], cwd=tmp_path)
-    folder = tmp_path / "runs" / "vq_ema_k16_d4_h8b16_e10000_s0"
+    folder = tmp_path / "runs" / "vq_ema_dead_leaves_k16_d4_h8b16_e10000_s0"
     wait_until(lambda: list(folder.glob("checkpoint_epoch_*")))
     process.kill()
     process.wait()
@@ -111,13 +111,15 @@ def test_tables_of_unequal_settings_are_refused(results, tiny_config):
     (results / "vq_ema.json").unlink()
     words = ["--methods", "vq_ema", "--codebook_sizes", "16", "--latent_dims", "4", "--dataset", "dead_leaves",
              "--image_size", "16", "--hidden_dim", "8", "--batch_size", "16", "--epochs", "2"]
-    with pytest.raises(vqvae.UserError, match="vq_ema_k16.*: train_subset None, but 96 in other runs"):
+    with pytest.raises(vqvae.UserError, match="vq_ema_dead_leaves_k16.*: train_subset None, but 96 in other runs"):
         compare.main(words)  # before it trains
 
 
 def test_runs_of_another_depth_or_batch_have_their_own_name_and_table(results, tiny_config):
     for changes, size in (({}, "h8b16"), ({"batch_size": 128}, "h8"), ({"res_blocks": 6}, "h8x6b16")):
-        assert compare.run_name("vq_ema", 16, 4, 0, tiny_config(**changes)) == f"vq_ema_k16_d4_{size}_e2_s0"
+        assert compare.run_name("vq_ema", 16, 4, 0, tiny_config(**changes)) == f"vq_ema_dead_leaves_k16_d4_{size}_e2_s0"
+    other = tiny_config(dataset="cifar10", image_size=32)  # else a run of one data set would stand for the other's
+    assert compare.run_name("vq_ema", 16, 4, 0, other) == "vq_ema_k16_d4_h8b16_e2_s0"
     shallow, deep = (tiny_config(res_blocks=blocks).to_dict() for blocks in (2, 6))
     del shallow["res_blocks"]  # a record made before there was the setting
     for name, config in (("shallow", shallow), ("deep", deep), ("large", {**shallow, "batch_size": 32})):
@@ -171,7 +173,8 @@ def test_summary_by_hand(results, tiny_config):
                                    ["--jobs", "0"], ["--seed", "1"], ["--codebook_size=64"], ["--seeds", "0,-1"],
                                    ["--codebook_sizes", "0"], ["--dry_run"],
                                    ["--methods", "cvq", "--metric", "cosine"], ["--prediction", "checkerboard"],
-                                   ["--trellis", "4"],
+                                   ["--trellis", "4"], ["--entropy_weight", "3"], ["--vq_recipe=classical"],
+                                   ["--methods", "vq_ema,vq_ema_warmup20", "--warmup_fraction", "0.1"],
                                    ["--methods", "vq_ema,lib_fsq", "--codebook_sizes", "500"]])
 def test_bad_words(words, results, capsys):
     assert vqvae.run_command(lambda: compare.main(words)) == 2
@@ -189,10 +192,13 @@ def test_rate_distortion_curves_with_and_without_prediction_and_trellis(results,
         record = {"method": f"ba_vq_lambda{number}", "seed": 0, "psnr": 20 + number, "bits_per_index": 3 + number / 10,
                   "config": changed}
         (results / f"{number}.json").write_text(json.dumps(record))
+    other = {**record, "method": "ba_vq_lambda3_predictive_trellis_warmup20", "psnr": 19}
+    (results / "other.json").write_text(json.dumps(other))
     figures = []
     monkeypatch.setattr(compare, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
     compare.rate_distortion_figure(tmp_path / "figure.png")
     lines = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[0].lines}
+    assert lines["ba_vq_lambda3_predictive_trellis_warmup20"] == [19]  # another setting than lambda: no point of a curve
     labels = [curve["label"] for curve in compare.CURVES.values()]
     assert [lines[label] for label in labels] == [[21, 20], [23, 22], [25], [24]]
 

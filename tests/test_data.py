@@ -279,6 +279,15 @@ def test_cifar10_offline_is_one_clear_error(tmp_path):
         vqvae.training_images(config)
 
 
+def test_unreadable_cifar10_is_one_clear_error(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(vqvae.torchvision.datasets, "CIFAR10", refused)
+    with pytest.raises(UserError, match="cannot read CIFAR-10 in .*Permission denied.*--data_dir"):
+        vqvae.training_images(Config(data_dir=str(tmp_path)))
+
+
 def test_cifar10_downloads_unpacks_and_verifies(server, tmp_path, monkeypatch, cifar10_dir):
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:

@@ -236,6 +236,8 @@ def test_peers_below_a_folder_are_left_out_and_named_alone(run_folder, tiny_conf
     assert "left out, Peer" in capsys.readouterr().out and not (run_folder.parent / "peer" / "eval_metrics.json").exists()
     assert vqvae.run_command(lambda: eval_cifar.main(["--checkpoint", str(run_folder.parent / "peer" / "final_model.pt")])) == 2
     assert "has a quantizer of benchmarks/peers.py (Peer)" in capsys.readouterr().err
+    with pytest.raises(vqvae.UserError, match="another quantizer"):
+        vqvae.train(tiny_config(epochs=1, name="peer", quantizer="vq_ema", prediction="none"))
     with pytest.raises(vqvae.UserError, match="Peer"):  # whose state would fit a VQ-EMA
         vqvae.load_model(run_folder.parent / "peer" / "checkpoint_epoch_0001.pt")
 

@@ -489,3 +489,9 @@ def test_permuting_the_codes_permutes_everything(seed):
     assert torch.equal(order[two.indices], one.indices)
     assert torch.allclose(two.stats, one.stats[order], atol=1e-5)
     assert one.stats[:, -1].sum().item() == pytest.approx(30, rel=1e-5)
+
+
+def test_whole_numbers_as_temperatures_fall_too():
+    quantizer = BAQuantizer(4, 2, temperature_start=1, temperature_end=0.01, anneal_fraction=1)
+    quantizer.set_progress(0.5)
+    assert quantizer.temperature.item() == pytest.approx(0.1)

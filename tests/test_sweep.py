@@ -1,6 +1,7 @@
 """The sweep, the extended runs and the comparison, through their command lines."""
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -303,6 +304,10 @@ def test_comparison_table(tiny_config, capsys):
         analysis.main([str(folder / "vq_ema"), "nowhere"])
     with pytest.raises(vqvae.UserError, match="sort_by"):
         analysis.main([str(folder / "vq_ema"), "--sort_by", "config"])
+    with_ssim, without = {"config": {}, "name": "inf", "ssim": 0.5}, {"config": {"entropy_weight": "inf"}, "name": "small"}
+    assert analysis._sort_value(with_ssim, "ssim") < analysis._sort_value(without, "ssim")
+    assert analysis._sort_value(with_ssim, "name") < analysis._sort_value(without, "name")
+    assert analysis._sort_value(without, "entropy_weight") == (False, math.inf)
     for damage in ("", "3\n", None):
         log = folder / "vq_ema" / "metrics.jsonl"
         log.unlink() if damage is None else log.write_text(damage)
