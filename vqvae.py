@@ -1184,8 +1184,8 @@ class VQVAE(nn.Module):
 
         The distortion that counts is the image's, sum |decoder(e) - x|^2, with gradient g and curvature h. To second order around
         the codes e in use, the best codes are those nearest to e - g / h. h is taken as |g| / |e - z|, one for each image, in
-        the live directions of the codebook, since in the others no choice of codes can follow. A pass moves every second latent 0.7 of
-        the way there from z: neighbours overlap in the image, so they take turns. That is a guess, so for each image
+        the live directions of the codebook, since in the others no choice of codes can follow. A pass moves every second latent
+        0.7 of the way there from z: neighbours overlap in the image, so they take turns. That is a guess, so for each image
         the latents with the least error are returned, those before the first pass among them.
         Not differentiable, and meant for eval mode: training with it makes the encoder lean on it, until perplexity and PSNR
         fall (results/LOG.md). Needs a quantizer of this module.
