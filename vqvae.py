@@ -1820,6 +1820,12 @@ def peer_of(quantizer):
     return {} if quantizer is None or type(quantizer) in OWN_QUANTIZERS else {"peer": type(quantizer).__name__}
 
 
+def check_quantizer(folder, record, quantizer):
+    """Raise UserError where a run's metrics or checkpoint are of another quantizer; its config need not tell."""
+    if record.get("peer") != peer_of(quantizer).get("peer"):
+        raise UserError(f"{folder}: holds a run of another quantizer than this one; choose another --name or add --overwrite")
+
+
 def model_state(model, config):
     """What `load_model` reads."""
     return {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(), **peer_of(model.quantizer)}
@@ -2110,8 +2116,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     done = folder / "final_metrics.json"
     if done.exists() and not config.overwrite:
         metrics = read_json(done)
-        if metrics.get("peer") != peer_of(quantizer).get("peer"):
-            raise UserError(f"{folder}: holds a run of another quantizer than this one; choose another --name or add --overwrite")
+        check_quantizer(folder, metrics, quantizer)
         say(f"{folder}: already finished with this config; --overwrite trains it again")
         return metrics
     say(f"device: {device} ({device_reason}); networks in {str(dtype)[6:]} ({dtype_reason}); seed {config.seed}")
@@ -2193,7 +2198,8 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
 def restore(config, folder, model, optimizer, steps_per_epoch):
     """Continue from the newest checkpoint, if any: (step, this epoch's losses (steps, 2), code histogram, seconds).
 
-    Raises UserError where the checkpoint is damaged or an epoch has another number of steps, since images came or went.
+    Raises UserError where the checkpoint is damaged or of another quantizer, or an epoch has another number of steps, since
+    images came or went.
     """
     if rank() == 0:
         check_run_folder(config)  # again, now that no other process can write here
@@ -2208,6 +2214,7 @@ def restore(config, folder, model, optimizer, steps_per_epoch):
     saved = checkpoints(folder)
     if saved:
         state = read_checkpoint(saved[-1])
+        check_quantizer(folder, state, model.quantizer)
         load_state(model, state, saved[-1])
         if not {"optimizer", "step", "losses", "histogram"} <= set(state):
             raise UserError(f"{saved[-1]}: is no checkpoint of training; remove it")

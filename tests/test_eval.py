@@ -238,6 +238,9 @@ def test_peers_below_a_folder_are_left_out_and_named_alone(run_folder, tiny_conf
     assert "has a quantizer of benchmarks/peers.py (Peer)" in capsys.readouterr().err
     with pytest.raises(vqvae.UserError, match="another quantizer"):
         vqvae.train(tiny_config(epochs=1, name="peer", quantizer="vq_ema", prediction="none"))
+    (run_folder.parent / "peer" / "final_metrics.json").unlink()  # an unfinished run
+    with pytest.raises(vqvae.UserError, match="another quantizer"):
+        vqvae.train(tiny_config(epochs=1, name="peer", quantizer="vq_ema", prediction="none"))
     with pytest.raises(vqvae.UserError, match="Peer"):  # whose state would fit a VQ-EMA
         vqvae.load_model(run_folder.parent / "peer" / "checkpoint_epoch_0001.pt")
 
