@@ -17,7 +17,7 @@ test: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	rm -f .coverage*
-	$(PY) -m coverage run -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m coverage run -m pytest -q -n 2 --dist worksteal tests
 	-$(PY) -m coverage combine -q
 	-$(PY) -m coverage report
 

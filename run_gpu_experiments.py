@@ -52,6 +52,7 @@ class Sweep:
 
     def __init__(self, slots, timeout):
         self.slots, self.timeout = queue.Queue(), timeout
+        self.threads = str(max(1, (os.cpu_count() or 1) // len(slots)))  # more at once slow each other down
         for slot in slots:
             self.slots.put(slot)
         self.processes, self.stopped, self.lock = set(), threading.Event(), threading.Lock()
@@ -60,7 +61,9 @@ class Sweep:
         """Run train.py with these flags, output to `log`; returns 'finished' or why it did not."""
         gpu = self.slots.get()
         try:
-            environment = dict(os.environ) if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+            environment = {"OMP_NUM_THREADS": self.threads, **os.environ}
+            if gpu is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = gpu
             with open(log, "a") as file:
                 with self.lock:
                     if self.stopped.is_set():

@@ -132,18 +132,21 @@ def test_a_failing_run_does_not_stop_the_others_and_only_it_is_repeated(script, 
 
 
 def test_jobs_are_packed_onto_the_gpus(tmp_path, monkeypatch):
-    """Two jobs at once on each of two GPUs, never more."""
+    """Two jobs at once on each of two GPUs, never more; all four share the cores."""
     (tmp_path / "train.py").write_text("import os, time\nprint(os.environ['CUDA_VISIBLE_DEVICES'], time.time(), flush=True)\n"
-                                       "time.sleep(0.5)\nprint(time.time())\n")
+                                       "time.sleep(0.5)\nprint(time.time(), os.environ['OMP_NUM_THREADS'])\n")
     monkeypatch.setattr(run_gpu_experiments, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     sweep = run_gpu_experiments.Sweep(["0", "1"] * 2, None)
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(lambda i: sweep.run([], tmp_path / f"{i}.log"), range(8))) == {"finished"}
     runs = [(tmp_path / f"{i}.log").read_text().split() for i in range(8)]
     for gpu in "01":
-        spans = [(float(began), float(ended)) for g, began, ended in runs if g == gpu]
+        spans = [(float(began), float(ended)) for g, began, ended, _ in runs if g == gpu]
         together = [sum(began <= moment < ended for began, ended in spans) for moment, _ in spans]
         assert len(spans) >= 2 and max(together) == 2
+    assert {threads for *_, threads in runs} == {"3"}
 
 
 def test_the_gpu_suite_repeats_only_what_failed(tmp_path):
