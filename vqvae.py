@@ -63,7 +63,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-FORMAT_VERSION = 3  # of checkpoints and final models; 2 had a distance that was whitened at first
+FORMAT_VERSION = 3  # of checkpoints and final models; 1 is read, too, 2 had another distance
 RECON_WEIGHT = 8.0  # of the mean squared error of [0, 1] images against the commitment loss
 REFINE_STEP = 0.7  # of VQVAE.refined
 
@@ -1674,8 +1674,8 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: not a checkpoint of this project, or damaged ({reason}); remove it or take another") from error
     if not isinstance(state, dict) or not {"format_version", "config", "model"} <= set(state):
         raise UserError(f"{path}: not a checkpoint of this project (keys missing); take another")
-    if state["format_version"] not in range(1, FORMAT_VERSION + 1):
-        raise UserError(f"{path}: format version {state['format_version']}, this code reads 1 to {FORMAT_VERSION}; "
+    if state["format_version"] not in (1, FORMAT_VERSION):
+        raise UserError(f"{path}: format version {state['format_version']}, this code reads 1 and {FORMAT_VERSION}; "
                         "use the version of vqvae.py that wrote it")
     try:
         stored_config(state["config"])
@@ -1692,12 +1692,7 @@ def all_finite(model):
 def load_state(model, state, path):
     """Load checkpoint weights into a model. Raises UserError where they do not fit."""
     try:
-        weights = {**state["model"]}
-        weights.pop("quantizer.moments", None)
-        whitened = weights.pop("quantizer.mahalanobis", None)  # of version 2; the Euclidean distance once the whitening is over
-        if whitened is not None and not torch.equal(whitened, torch.eye(len(whitened))):
-            raise KeyError("a whitened distance, which only an earlier version of vqvae.py has")
-        model.load_state_dict(weights)
+        model.load_state_dict(state["model"])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: the weights do not fit the model of its config ({reason})") from error
@@ -1732,14 +1727,11 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def stored_config(values: dict) -> Config:
-    """The Config of a run of any version: without the `whitening` of version 2; with no prediction
-    or trellis from before there was one.
+    """The Config of a stored run; without prediction or trellis where it is from before there was one.
 
     Raises UserError, or TypeError for no dict.
     """
-    values = {"prediction": "none", "trellis": "none", **values}
-    values.pop("whitening", None)
-    return Config.from_dict(values)
+    return Config.from_dict({"prediction": "none", "trellis": "none", **values})
 
 
 def identity(config: Config) -> dict:
@@ -1772,10 +1764,11 @@ def check_run_folder(config):
     if not {"quantizer", "codebook_size", "name"} <= set(values):
         raise UserError(f"{folder}: its config.yaml is of no run of this project; choose another --name")
     if not config.overwrite:
-        if "whitening" in values:
-            raise UserError(f"{folder}: holds a run of an earlier version, which started from other weights; "
-                            "choose another --name or add --overwrite")
-        old, new = identity(stored_config(values)), identity(config)
+        try:
+            old, new = identity(stored_config(values)), identity(config)
+        except UserError as error:
+            raise UserError(f"{folder}: its config.yaml is not valid here ({error}); "
+                            "choose another --name or add --overwrite") from error
         changes = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
         if changes:
             raise UserError(f"{folder}: holds a run of another config ({', '.join(changes)}); "

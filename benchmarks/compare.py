@@ -171,8 +171,6 @@ def stored_results():
     records = {path: vqvae.read_json(path) for path in sorted(RESULTS.glob("*.json"))}
     for path, record in records.items():
         try:
-            if "whitening" in record["config"]:
-                raise vqvae.UserError("whitening is of an earlier version")
             record["config"] = vqvae.stored_config(record["config"]).to_dict()
         except (KeyError, TypeError, vqvae.UserError) as error:
             raise vqvae.UserError(f"{path}: its config is not valid here ({error}); move it away") from error

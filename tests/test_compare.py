@@ -35,7 +35,7 @@ def test_one_json_per_run_and_no_repetition(results, tiny, tmp_path, monkeypatch
     assert "done before" in compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
     target = results / "ba_vq_lambda10_dead_leaves_k16_d4_h8b16_e1_s1.json"
     words = ["--methods", "ba_vq_lambda10", "--codebook_sizes", "16", "--latent_dims", "4", *flags]
-    for values, message in (({"lr": 0.5}, "lr 0.003, but 0.5 in other runs"), ({"whitening": 0.0}, "earlier version"),
+    for values, message in (({"lr": 0.5}, "lr 0.003, but 0.5 in other runs"), ({"whitening": 0.0}, "whitening"),
                             ({"temperature_end": 0.1}, "temperature_end 0.02, but 0.1 in other runs")):
         target.write_text(json.dumps({**record, "config": {**record["config"], **values}}))
         for seeds in ("1", "2"):  # the same run, and one of its row

@@ -355,8 +355,8 @@ def test_runs_of_earlier_versions_are_compared_too(tiny_config):
         folder = vqvae.Path(config.out_dir) / name
         folder.mkdir(parents=True)
         vqvae.write_json(folder / "final_metrics.json", {**metrics, "config": config.to_dict()})
-    old = {**tiny_config(name="old", entropy_weight="inf").to_dict(), "whitening": 1.0}
-    del old["prediction"]
+    old = tiny_config(name="old", entropy_weight="inf").to_dict()
+    del old["prediction"], old["trellis"]
     (folder.parent / "old").mkdir()
     vqvae.write_json(folder.parent / "old" / "final_metrics.json", {**metrics, "config": old})
     records = analysis.load_runs(analysis.find_runs(folder.parent))
