@@ -167,7 +167,7 @@ def over_seeds(records):
     rows = [["method", "K", "D", *varied, "seeds", *(title for _, title, _ in COLUMNS)]]
     for group, setting in zip(groups, settings):
         rows.append([group[0]["method"], *(str(setting.get(key)) for key in ("codebook_size", "latent_dim", *varied)),
-                     str(len(group)), *_mean_and_spread(group, COLUMNS)])
+                     str(len(group)), *_spreads(group, COLUMNS)])
     lines = _aligned(rows)
     pairs = _groups(_pairs(records), lambda pair: (_key(pair[0], "seed"), _key(pair[1], "seed")))
     if pairs:
@@ -176,18 +176,21 @@ def over_seeds(records):
             ba, ema = group[0]
             rows.append([f"{ba['method']} - {ema['method']}", str(ba["config"]["codebook_size"]),
                          str(ba["config"]["latent_dim"]), str(len(group)),
-                         *_mean_and_spread([_change(*pair) for pair in group], DIFFERENCES)])
+                         *_spreads([_change(*pair) for pair in group], DIFFERENCES)])
         lines += ["", *_aligned(rows)]
     return "\n".join(lines)
 
 
-def _mean_and_spread(group, columns):
-    cells = []
-    for key, _, form in columns:
-        values = [member[key] for member in group if key in member]
-        cell = form.format(statistics.mean(values)) if values else "-"
-        cells.append(cell + (" ± " + form.replace("+", "").format(statistics.stdev(values)) if len(values) > 1 else ""))
-    return cells
+def spread(values, form):
+    """mean ± standard deviation of a few values, as text."""
+    mean = form.format(statistics.mean(values))
+    return mean if len(values) < 2 else f"{mean} ± {form.replace('+', '').format(statistics.stdev(values))}"
+
+
+def _spreads(group, columns):
+    """`spread` of each column over the members of a group that have it."""
+    values = ([member[key] for member in group if key in member] for key, _, _ in columns)
+    return [spread(some, form) if some else "-" for some, (_, _, form) in zip(values, columns)]
 
 
 def looks(records, label):

@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import analysis  # noqa: E402
 import peers  # noqa: E402
 import train  # noqa: E402
 import vqvae  # noqa: E402
@@ -186,20 +187,14 @@ def load_results():
     return groups
 
 
-def spread(values, form):
-    """mean +- standard deviation of a few values, as text."""
-    mean = form.format(statistics.mean(values))
-    return mean if len(values) < 2 else f"{mean} ± {form.replace('+', '').format(statistics.stdev(values))}"
-
-
 def difference(runs, reference, key, form="{:+.3f}"):
     """(mean and spread of a metric's difference over the seeds that both have, p of a paired t-test from three on), as text."""
     deltas = [runs[seed][key] - reference[seed][key] for seed in sorted(set(runs) & set(reference))
               if key in runs[seed] and key in reference[seed]]  # no SSIM below 11 pixels
     if len(deltas) < 3:
-        return spread(deltas, form) if deltas else "", ""
+        return analysis.spread(deltas, form) if deltas else "", ""
     p = scipy.stats.ttest_1samp(deltas, 0).pvalue
-    return spread(deltas, form), "<0.001" if p < 0.001 else f"{p:.3f}"
+    return analysis.spread(deltas, form), "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def summary():
@@ -220,13 +215,14 @@ def summary():
             refined = [r["refined_psnr"] for r in records if "refined_psnr" in r]
             reference = {} if method == REFERENCE else methods.get(REFERENCE, {})
             lines.append(" | ".join([
-                f"| {method}", str(len(records)), spread([r["psnr"] for r in records], "{:.2f}"),
-                spread([r["perplexity"] for r in records], "{:.1f}"),
+                f"| {method}", str(len(records)), analysis.spread([r["psnr"] for r in records], "{:.2f}"),
+                analysis.spread([r["perplexity"] for r in records], "{:.1f}"),
                 f"{sum(r['perplexity'] for r in records) / len(records) / size:.1%}",
                 f"{sum(r['usage_rate'] for r in records) / len(records):.2%}",
                 *difference(runs, reference, "psnr"), *difference(runs, reference, "psnr_per_image"),
                 *difference(runs, reference, "ssim", "{:+.4f}"),
-                spread(refined, "{:.2f}") + (f" ({len(refined)} of {len(records)})" if len(refined) < len(records) else "") + " |"
+                analysis.spread(refined, "{:.2f}")
+                + (f" ({len(refined)} of {len(records)})" if len(refined) < len(records) else "") + " |"
                 if refined else " |"]))
         lines.append("")
     return "\n".join(lines)
