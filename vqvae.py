@@ -160,8 +160,9 @@ class Config:
     wandb: bool = option(False, "also log to Weights & Biases (offline without a login)")
 
     def __post_init__(self):
+        kinds = typing.get_type_hints(Config)
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+            object.__setattr__(self, field.name, _checked(field, kinds[field.name], getattr(self, field.name)))
         if self.name is None:
             object.__setattr__(self, "name", f"{self.quantizer}_k{self.codebook_size}")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
@@ -215,16 +216,17 @@ def default_ema_decay(config: Config) -> float:
     return round(max(0.9, 1 - math.sqrt(vectors / codes) / 28), 5)
 
 
-def _checked(field, value):
-    """The value of one Config field in its declared type. Raises UserError."""
-    kind = typing.get_type_hints(Config)[field.name]
+def _checked(field, kind, value):
+    """The value of one Config field in its declared type, `kind`. Raises UserError."""
     optional = type(None) in typing.get_args(kind)
     if optional:
         kind = typing.get_args(kind)[0]
     if value is None and optional:
         return None
+    if type(value) is int and abs(value) >= 1 << 1000:  # more than a float holds, or a message should show
+        raise UserError(f"{field.name}: this number has too many digits")
     if kind is float and (type(value) is int or value == "inf"):  # JSON has no infinity
-        value = float(value) if value == "inf" or abs(value) < 1 << 1000 else math.copysign(math.inf, 1 if value > 0 else -1)
+        value = float(value)
     if type(value) is not kind:
         hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if kind is float and isinstance(value, str) else ""
         raise UserError(f"{field.name}: expected {kind.__name__}, got {value!r}{hint}")
@@ -813,6 +815,8 @@ class Quantizer(nn.Module):
         if z.dim() not in (2, 3, 4) or z.shape[1] != self.dim or z.numel() == 0:
             raise ValueError(f"expected (B, {self.dim}, H, W), (B, {self.dim}, n) or (N, {self.dim}), not empty, "
                              f"got {tuple(z.shape)}")
+        if self.trellis and z[0, 0].numel() == 1:  # half of the codes are out of reach of a path's first latent
+            raise ValueError(f"a trellis needs paths of two latents or more, got {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
             rows = z.movedim(1, -1)  # (B, ..., D)
             length = rows[0].numel() // self.dim
@@ -2004,7 +2008,7 @@ def check_finite(losses, first_step, model):
         step = bad[0].item()
         cause = "reconstruction loss" if finite[step, 1] else "quantizer loss (so a latent)"
     elif not all_finite(model):
-        step, cause = len(losses) - 1, "weights or codes after this step"
+        step, cause = len(losses) - 1, "state of the model (weights or codes)"
     else:
         return
     raise UserError(f"step {first_step + step + 1}: the {cause} is not finite; try a lower --lr or --precision float32 "

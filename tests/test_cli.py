@@ -144,7 +144,7 @@ BAD_YAML = {
     "no mapping": "!!map x", "a list as a mapping": "lr: !!map [1]", "a list as a set": "lr: !!set [1]",
     "impossible date": "name: 2001-99-99", "digits without a number": "seed: 0x_", "merge": "<<: 3",
     "deep": "[" * 3000, "huge integer": "seed: " + "9" * 400, "huge number": "lr: 1" + "0" * 400,
-    "huge negative": "entropy_weight: -1" + "0" * 400,
+    "huge negative": "entropy_weight: -1" + "0" * 400, "huge hexadecimal": "epochs: 0x" + "f" * 5000,
     "number to base 60": "lr: !!float " + ":".join("1" * 300),
 }
 

@@ -264,7 +264,7 @@ def test_a_run_that_began_while_this_one_read_its_images_is_seen(tiny_config, mo
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where, cause", [("latents", "quantizer loss"), ("decoder", "reconstruction loss"),
-                                          ("weights", "weights"), ("codes", "weights or codes")])
+                                          ("weights", "state of the model"), ("codes", "state of the model")])
 def test_not_a_number_stops_with_the_step(tiny_config, monkeypatch, where, cause, value):
     """In step 8, the third of the second epoch (or after the last of the second): named, and the checkpoint before is good."""
     real_step, calls, step = vqvae.train_step, [0], 11 if where in ("weights", "codes") else 8

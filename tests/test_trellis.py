@@ -168,6 +168,8 @@ def test_odd_codebooks_and_latents_without_a_path_are_refused():
         VQEMAQuantizer(15, 4, trellis=True)
     with pytest.raises(ValueError, match="path"):
         VQEMAQuantizer(16, 4, trellis=True)(torch.randn(8, 4))
+    with pytest.raises(ValueError, match="two latents or more"):  # half of the codes would be out of reach
+        VQEMAQuantizer(16, 4, trellis=True)(torch.randn(8, 4, 1, 1))
 
 
 @pytest.mark.parametrize(("quantizer", "prediction"), [("vq_ema", "none"), ("ba_vq", "checkerboard")])
