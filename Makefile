@@ -31,4 +31,4 @@ test: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .coverage* .hypothesis __pycache__ tests/__pycache__
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .coverage* .hypothesis __pycache__ */__pycache__

@@ -6,7 +6,6 @@
 The pictures go beside the first run folder: summary.png (PSNR and use over K), training.png (over epochs), usage.png (each code).
 """
 
-import argparse
 import collections
 import json
 import math
@@ -32,7 +31,6 @@ COLUMNS = [("psnr", "PSNR dB", "{:.2f}"), ("ssim", "SSIM", "{:.4f}"), ("perplexi
            ("bits_per_index", "bits/index", "{:.3f}")]
 DIFFERENCES = [("psnr", "PSNR dB", "{:+.3f}"), ("ssim", "SSIM", "{:+.4f}"), ("perplexity", "perplexity", "{:+.1f}"),
                ("usage_rate", "usage", "{:+.1%}"), ("bits_per_index", "bits/index", "{:+.3f}")]
-IN_METHOD = ("quantizer", "vq_recipe", "entropy_weight", "metric", "prediction", "trellis")  # what method() tells
 
 
 def load_runs(folders):
@@ -162,7 +160,8 @@ def over_seeds(records):
     """Text table of mean ± standard deviation over seeds: of runs, and of BA-over-EMA differences paired by seed."""
     groups = _groups(records, lambda record: _key(record, "seed"))
     settings = [identity(group[0]) for group in groups]
-    told = {"seed", "codebook_size", "latent_dim", *IN_METHOD}
+    told = {"seed", "codebook_size", "latent_dim",  # in columns of their own, the others by method()
+            "quantizer", "vq_recipe", "entropy_weight", "metric", "prediction", "trellis"}
     varied = [key for key in settings[0] if key not in told and len({str(setting.get(key)) for setting in settings}) > 1]
     rows = [["method", "K", "D", *varied, "seeds", *(title for _, title, _ in COLUMNS)]]
     for group, setting in zip(groups, settings):
@@ -468,13 +467,8 @@ def size_picture(records):
     return _finish(figure, columns=3)
 
 
-def save_figure(figure, path):
-    """Write a figure as PNG."""
-    vqvae.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
-
-
 def main(argv=None):
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = train.Parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="finished runs; others and peers are skipped")
     parser.add_argument("--sort_by", default="name", metavar="KEY", help="metric or setting that orders the table (default name)")
     options = parser.parse_args(argv)
@@ -497,7 +491,7 @@ def main(argv=None):
     figures = {"summary": size_picture(records), "training": training_curves(one_seed(folders)[:8]),
                "usage": usage_histograms(shown, histograms)}
     for name, figure in figures.items():
-        save_figure(figure, out_dir / f"{name}.png")
+        vqvae.write_figure(out_dir / f"{name}.png", figure)
     print(f"pictures in {out_dir}: summary.png, training.png (one seed, eight runs at most), usage.png; "
           "reconstructions.png and codebook_usage.png in each run folder")
 

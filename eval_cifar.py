@@ -13,7 +13,6 @@ Writes eval_metrics.json, reconstructions.png and codebook_usage.png beside each
 Exit codes: 0 done, 2 bad input, 3 r-FID and r-IS are missing because the network was not to be had.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import math
@@ -163,25 +162,22 @@ def find_checkpoints(words):
 
 
 def parse(argv):
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = train.Parser(__doc__)
     parser.add_argument("--checkpoint", nargs="+", required=True, metavar="PATH",
                         help="checkpoints, or folders: every final_model.pt below, but for peers")
     parser.add_argument("--data_dir", metavar="DIR", help="where the data set is (default: as in training)")
     parser.add_argument("--test_subset", type=int, metavar="N", help="only the first N test images (default: as in training)")
     parser.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, mps, cuda or cuda:N (default auto)")
-    parser.add_argument("--batch_size", type=int, default=100, metavar="N",
+    parser.add_argument("--batch_size", type=train.whole(1), default=100, metavar="N",
                         help="images at once, at most (default 100; fewer of large ones)")
     parser.add_argument("--inception", metavar="FILE", help=f"{INCEPTION_NAME} (default: cache, else downloaded)")
     parser.add_argument("--mode", default="clean", choices=("clean", "legacy_pytorch"),
                         help="resizing to 299 pixels: clean (Pillow, antialiased bicubic) or legacy_pytorch (PyTorch, "
                              "bilinear); the network is the same")
-    parser.add_argument("--refine", type=train.count, default=0, metavar="N",
+    parser.add_argument("--refine", type=train.whole(0), default=0, metavar="N",
                         help="passes through the decoder that improve the codes (default 0)")
     parser.add_argument("--no_fid", action="store_true", help="leave out r-FID and r-IS")
-    options = parser.parse_args(argv)
-    if options.batch_size < 1:
-        raise vqvae.UserError(f"batch_size: {options.batch_size} must be at least 1")
-    return options
+    return parser.parse_args(argv)
 
 
 def evaluate_checkpoint(path, options, device, inception, originals):

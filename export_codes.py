@@ -9,7 +9,6 @@ The .npz of encode holds `indices` (N, H, W), unsigned, of the smallest type tha
 that of decode holds `images` (N, S, S, 3) uint8.
 """
 
-import argparse
 import dataclasses
 import math
 import sys
@@ -62,8 +61,10 @@ def save_npz(path, **arrays):
 def encode_command(options, model, config):
     if options.data_dir is not None:
         config = dataclasses.replace(config, data_dir=options.data_dir)
-    train_split = {"train": 0, "val": 1}.get(options.split)
-    images = vqvae.test_images(config) if train_split is None else vqvae.training_images(config)[train_split]
+    if options.split == "test":
+        images = vqvae.test_images(config)
+    else:
+        images = vqvae.training_images(config)[0 if options.split == "train" else 1]
     if not len(images):
         raise vqvae.UserError(f"split: the {options.split} split of this run is empty")
     indices = encode(model, images, refine=options.refine)
@@ -93,18 +94,18 @@ def decode_command(options, model, config):
 
 
 def parse(argv):
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = train.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=train.Parser)
     for name, function, text in (("encode", encode_command, "images to indices"),
                                  ("decode", decode_command, "indices to images")):
-        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command = commands.add_parser(name, help=text)
         command.set_defaults(function=function)
         command.add_argument("--checkpoint", required=True, metavar="FILE", help="run folder, final_model.pt or a checkpoint")
         command.add_argument("--output", required=True, metavar="FILE.npz", help="where to write")
         command.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, mps, cuda or cuda:N")
         if name == "encode":
             command.add_argument("--split", default="test", choices=("train", "val", "test"), help="default test")
-            command.add_argument("--refine", type=train.count, default=0, metavar="N",
+            command.add_argument("--refine", type=train.whole(0), default=0, metavar="N",
                                  help="passes through the decoder that improve the codes (default 0)")
             command.add_argument("--data_dir", metavar="DIR", help="where the data set is (default: as in training)")
         else:

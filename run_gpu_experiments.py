@@ -11,7 +11,6 @@ OUT_DIR/NAME.log, the summary in OUT_DIR/gpu_run_summary.json and OUT_DIR/summar
 Exit codes: 0 all runs finished, 1 some failed, 2 bad input, 130 Ctrl-C or SIGTERM.
 """
 
-import argparse
 import concurrent.futures
 import os
 import queue
@@ -94,24 +93,20 @@ class Sweep:
 
 
 def parse(argv):
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                          allow_abbrev=False)
+    parser = train.Parser(__doc__)
     parser.add_argument("--dry_run", action="store_true", help="print the table of runs and stop")
     parser.add_argument("--print_commands", action="store_true", help="print one command per run and stop")
     parser.add_argument("--only", metavar="TEXT", default="", help="only runs whose name contains TEXT")
-    parser.add_argument("--epochs", type=int, metavar="N", help="epochs of every run, instead of the table's")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once on each GPU (default 1)")
+    parser.add_argument("--jobs", type=train.whole(1), default=1, metavar="N", help="runs at once on each GPU (default 1)")
     parser.add_argument("--gpus", metavar="0,1,...", help="GPUs to spread the runs over (default: the first)")
     parser.add_argument("--timeout", type=float, metavar="S", help="kill a run after this many seconds")
     options, extra = parser.parse_known_args(argv)
-    if options.jobs < 1 or (options.timeout is not None and not options.timeout > 0):
-        raise vqvae.UserError("jobs and timeout must be positive")
+    if options.timeout is not None and not options.timeout > 0:
+        raise vqvae.UserError(f"timeout: {options.timeout} must be more than 0 seconds")
     if options.gpus is not None and not all(gpu.isdigit() for gpu in options.gpus.split(",")):
         raise vqvae.UserError(f"gpus: expected numbers with commas between, got {options.gpus!r}")
     if options.gpus is not None:
         extra = ["--device", "cuda", *extra]  # a GPU that is not there is an error, not a run on the CPU
-    if options.epochs is not None:
-        extra += ["--epochs", str(options.epochs)]
     fixed = {"--name", "--quantizer", "--codebook_size", "--metric"} & {word.split("=")[0] for word in extra}
     if fixed:
         raise vqvae.UserError(f"{min(fixed)[2:]}: set by the table of runs; use --only, and --out_dir to keep sweeps apart")
@@ -160,7 +155,7 @@ def main(argv=None):
         "runs": {record["name"]: record for record in records}, "differences": analysis.differences(records)})
     if records:
         print(analysis.table(records))
-        analysis.save_figure(analysis.size_picture(records), out_dir / "summary.png")
+        vqvae.write_figure(out_dir / "summary.png", analysis.size_picture(records))
     failed = [name for name in runs if status[name] != "finished"]
     if failed:
         print(f"failed: {', '.join(failed)}; see {out_dir}/NAME.log, then run the same command again", file=sys.stderr)

@@ -20,23 +20,38 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent / "config.yaml"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that reports errors as the other bad input: UserError, one line."""
+    """argparse for a script's docstring: no abbreviated flags, and a mistake is a UserError, one line, as other bad input."""
+
+    def __init__(self, description=None, **options):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                         **options)
 
     def error(self, message):
         raise vqvae.UserError(f"{message} (see --help)")
 
 
-def count(word):
-    """argparse type: an integer from 0 up."""
-    if not word.isdecimal():
-        raise argparse.ArgumentTypeError(f"{word!r} must be a whole number, 0 or more")
-    return int(word)
+def whole(low):
+    """argparse type: a whole number from `low` up."""
+    def number(word):
+        if not word.isdecimal() or int(word) < low:
+            raise argparse.ArgumentTypeError(f"{word!r} must be a whole number, {low} or more")
+        return int(word)
+    return number
+
+
+def several(kind):
+    """argparse type: values with commas between, as a list; kind: the type of one, as `int`."""
+    def values(text):
+        try:
+            return [kind(word) for word in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas between") from error
+    return values
 
 
 def make_parser():
     """One flag per field of vqvae.Config; a flag that is not given stays out of the namespace."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = Parser(__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE.yaml", help="settings of this file instead of config.yaml")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--no_wandb", dest="wandb", action="store_false",

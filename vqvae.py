@@ -50,7 +50,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class Interrupted(Exception):
     """Training stopped by a signal after saving where it was (exit code 128 + signum)."""
 
     def __init__(self, message, signum):
-        super().__init__(message, signum)
+        super().__init__(message, signum)  # both, or it could not be sent from one process to another
         self.signum = signum
 
     def __str__(self):
@@ -87,8 +87,8 @@ class Interrupted(Exception):
 # Configuration
 
 
-def option(default, help, *, choices=None, low=None, high=None):
-    """One setting: its default, its help text, its allowed values or range [low, high]."""
+def option(default, help, *, choices=None, low=None, high=math.inf):
+    """One setting: its default, its help text, its allowed values or, for a number, its range [low, high]."""
     metadata = dict(help=help, choices=choices, low=low, high=high)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -104,10 +104,10 @@ class Config:
     # data
     dataset: str = option("cifar10", "data set", choices=("cifar10", "dead_leaves", "folder"))
     data_dir: str = option("data", "where the data set is or will be downloaded to; for 'folder' the image folder")
-    cifar10_url: Optional[str] = option(None, "download CIFAR-10 from this address instead of the built-in mirrors")
+    cifar10_url: str | None = option(None, "download CIFAR-10 from this address instead of the built-in mirrors")
     image_size: int = option(32, "pixels per side (cifar10 is always 32)", low=4, high=1024)
-    train_subset: Optional[int] = option(None, "use only the first N training images", low=1)
-    test_subset: Optional[int] = option(None, "use only the first N test images", low=1)
+    train_subset: int | None = option(None, "use only the first N training images", low=1)
+    test_subset: int | None = option(None, "use only the first N test images", low=1)
     val_size: int = option(5000, "validation images held out from the end of the training set", low=0)
     # network
     hidden_dim: int = option(128, "width of the encoder and the decoder", low=2, high=4096)
@@ -120,8 +120,8 @@ class Config:
                                low=1, high=1 << 20)
     metric: str = option("euclid", "distance between latents and codes", choices=("euclid", "cosine"))
     commitment_weight: float = option(0.25, "weight of the commitment loss", low=0, high=1e6)
-    ema_decay: Optional[float] = option(None, "decay of the codebook EMA (default: by recipe and latents per code and batch)",
-                                        low=0, high=0.99999)
+    ema_decay: float | None = option(None, "decay of the codebook EMA (default: by recipe and latents per code and batch)",
+                                     low=0, high=0.99999)
     vq_recipe: str = option("tuned", "vq_ema: 'classical' (uniform start, decay 0.8) or 'tuned' "
                             "(data start, dead codes restarted)", choices=("classical", "tuned"))
     restart_threshold: float = option(0.1, "codes below this fraction of the mean EMA count restart "
@@ -134,15 +134,15 @@ class Config:
     anneal_fraction: float = option(0.5, "ba_vq: fraction of training after the warm-up over which the temperature falls",
                                     low=0, high=1)
     ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
-    prediction: Optional[str] = option(None, "'checkerboard': every second latent is predicted from the codes around it, and the "
-                                       "difference has codes of its own (default: so; none for cosine, vq_ema classical, "
-                                       "images of one latent)",
-                                       choices=("none", "checkerboard"))
+    prediction: str | None = option(None, "'checkerboard': every second latent is predicted from the codes around it, and the "
+                                    "difference has codes of its own (default: so; none for cosine, vq_ema classical, "
+                                    "images of one latent)",
+                                    choices=("none", "checkerboard"))
     trellis: str = option("none", "'4': the codes of an image are chosen jointly, along a path through a trellis of four states, "
                           "each among codebook_size of twice as many codes", choices=("none", "4"))
     # training
-    warmup_fraction: Optional[float] = option(None, "fraction of training before the quantizer joins in "
-                                              "(default 0.1; vq_ema classical 0)", low=0, high=0.9)
+    warmup_fraction: float | None = option(None, "fraction of training before the quantizer joins in "
+                                           "(default 0.1; vq_ema classical 0)", low=0, high=0.9)
     epochs: int = option(30, "passes over the training set, less the last images that fill no batch", low=1, high=1_000_000)
     batch_size: int = option(128, "images per step, over all processes", low=1, high=1_000_000)
     lr: float = option(3e-3, "peak learning rate of AdamW (warm-up, then cosine decay to 0)", low=1e-9, high=1)
@@ -153,7 +153,7 @@ class Config:
     compile: bool = option(False, "torch.compile the networks")
     deterministic: bool = option(False, "the same bits in every run on CUDA too (on the CPU they are anyway)")
     # run
-    name: Optional[str] = option(None, "run name: results go to OUT_DIR/NAME (default: made from the quantizer and K)")
+    name: str | None = option(None, "run name: results go to OUT_DIR/NAME (default: made from the quantizer and K)")
     out_dir: str = option("experiments", "folder of all runs")
     resume: bool = option(False, "insist on continuing an existing run (an unfinished one continues by itself)")
     overwrite: bool = option(False, "delete an existing run of this name first")
@@ -217,12 +217,10 @@ def default_ema_decay(config: Config) -> float:
 
 
 def _checked(field, kind, value):
-    """The value of one Config field in its declared type, `kind`. Raises UserError."""
-    optional = type(None) in typing.get_args(kind)
-    if optional:
-        kind = typing.get_args(kind)[0]
-    if value is None and optional:
+    """The value of one Config field, in the type `kind` that it is declared with. Raises UserError."""
+    if value is None and type(None) in typing.get_args(kind):
         return None
+    kind = next(iter(typing.get_args(kind)), kind)  # the type of an optional one
     if type(value) is int and abs(value) >= 1 << 1000:  # more than a float holds, or a message should show
         raise UserError(f"{field.name}: this number has too many digits")
     if kind is float and (type(value) is int or value == "inf"):  # JSON has no infinity
@@ -235,10 +233,8 @@ def _checked(field, kind, value):
         raise UserError(f"{field.name}: {value!r} is not one of {', '.join(map(str, rule['choices']))}")
     if kind is str and (not value or "\0" in value):
         raise UserError(f"{field.name}: {value!r} must not be empty, nor hold a null byte")
-    too_low = rule["low"] is not None and not value >= rule["low"]
-    too_high = rule["high"] is not None and not value <= rule["high"]
-    if too_low or too_high:
-        raise UserError(f"{field.name}: {value!r} is out of range (from {rule['low']} to {rule['high'] or 'any'})")
+    if rule["low"] is not None and not rule["low"] <= value <= rule["high"]:  # so nan, too
+        raise UserError(f"{field.name}: {value!r} is out of range ({rule['low']} to {rule['high']})")
     return value
 
 
@@ -262,8 +258,7 @@ def read_yaml(path: str | Path) -> dict:
     """The settings in a YAML file, as a dict. Raises UserError."""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _ConfigLoader)
-    except (OSError, RecursionError, ArithmeticError, ValueError, TypeError, LookupError, AttributeError,
-            yaml.YAMLError) as error:
+    except Exception as error:  # PyYAML raises many types on odd files; all mean the same here
         raise UserError(f"{path}: cannot read this YAML file: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
@@ -288,6 +283,13 @@ def all_reduce(tensor):
     """Sum over all processes, in place; nothing to do in a single one."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor):
+    """The first process's values, in place, in every one; nothing to do in a single one."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
     return tensor
 
 
@@ -433,7 +435,7 @@ def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | 
         raise ValueError(f"distances must be a finite (N, K) matrix of floats, got {distances.dtype} {tuple(distances.shape)}")
     if not (0 <= beta < math.inf and max_iterations >= 1):
         raise ValueError(f"beta must be finite and not negative, max_iterations at least 1, got {beta}, {max_iterations}")
-    if any(weights is not None and weights.shape != distances.shape[dim:dim + 1] for dim, weights in enumerate((source, prior))):
+    if (source is not None and source.shape != distances.shape[:1]) or (prior is not None and prior.shape != distances.shape[1:]):
         raise ValueError(f"source must be (N,) and prior (K,) for distances {tuple(distances.shape)}")
     if source is not None and not ((source >= 0).all() and 0 < source.sum() < math.inf):
         raise ValueError("source must be probabilities, none negative")
@@ -718,9 +720,7 @@ class Quantized(NamedTuple):
 def sample_rows(z, count):
     """`count` random rows of z (N, D) over all processes, the same everywhere; distinct while they last."""
     total = len(z) * world_size()
-    pick = torch.randperm(total, device=z.device)
-    if dist.is_initialized():
-        dist.broadcast(pick, 0)
+    pick = broadcast(torch.randperm(total, device=z.device))
     pick = pick[torch.arange(count, device=z.device) % total]  # (count,)
     mine = pick // len(z) == rank()
     return all_reduce(torch.where(mine[:, None], z[pick % len(z)], 0))  # (count, D)
@@ -862,10 +862,7 @@ class Quantizer(nn.Module):
         """
         cell = self._expected_distortion(z)
         jitter = 0.1 * (cell / self.dim).sqrt() + 1e-4 * z.square().mean().sqrt() + 1e-12
-        rows = sample_rows(z, len(self.codebook)) + jitter * torch.randn_like(self.codebook)
-        if dist.is_initialized():
-            dist.broadcast(rows, 0)
-        return rows
+        return broadcast(sample_rows(z, len(self.codebook)) + jitter * torch.randn_like(self.codebook))
 
     def restart_dead_codes(self, z):
         """Give codes below restart_threshold of the mean count a random row of z (N, D) and that count.
@@ -905,9 +902,7 @@ class VQEMAQuantizer(Quantizer):
     def initialize(self, z):
         super().initialize(z)
         if self.recipe == "classical":
-            start = torch.rand_like(self.codebook).mul_(2).sub_(1).div_(self.codebook_size)
-            if dist.is_initialized():
-                dist.broadcast(start, 0)
+            start = broadcast((2 * torch.rand_like(self.codebook) - 1) / self.codebook_size)
             self.codebook.copy_(self._on_sphere(start))
             self.ema[:, :-1] = self.codebook * self.ema[:, -1:]
 
@@ -1120,13 +1115,13 @@ def make_quantizer(config):
     if config.prediction == "checkerboard":
         plain = dataclasses.replace(config, prediction="none")
         return PredictiveQuantizer(make_quantizer(plain), make_quantizer(plain))
-    common = (config.codebook_size, config.latent_dim, config.metric, config.ema_decay, config.commitment_weight,
-              config.restart_threshold)
-    trellis = config.trellis != "none"
+    common = dict(codebook_size=config.codebook_size, dim=config.latent_dim, metric=config.metric, ema_decay=config.ema_decay,
+                  commitment_weight=config.commitment_weight, restart_threshold=config.restart_threshold,
+                  trellis=config.trellis != "none")
     if config.quantizer == "vq_ema":
-        return VQEMAQuantizer(*common, config.vq_recipe, trellis)
-    return BAQuantizer(*common, config.entropy_weight, config.temperature_start, config.temperature_end, config.anneal_fraction,
-                       config.ba_iters, trellis)
+        return VQEMAQuantizer(**common, recipe=config.vq_recipe)
+    return BAQuantizer(**common, entropy_weight=config.entropy_weight, temperature_start=config.temperature_start,
+                       temperature_end=config.temperature_end, anneal_fraction=config.anneal_fraction, ba_iters=config.ba_iters)
 
 
 def live_directions(covariance: torch.Tensor, bits: float) -> torch.Tensor:
@@ -1148,8 +1143,8 @@ class Reconstruction(NamedTuple):
     """What VQVAE.forward returns."""
 
     images: torch.Tensor             # (B, 3, S, S), not clamped
-    indices: Optional[torch.Tensor]  # (B, S/f, S/f) int64; None without the quantizer
-    loss: Optional[torch.Tensor]     # () the quantizer's loss; likewise
+    indices: torch.Tensor | None     # (B, S/f, S/f) int64; None without the quantizer
+    loss: torch.Tensor | None        # () the quantizer's loss; likewise
 
 
 class VQVAE(nn.Module):
@@ -1500,13 +1495,13 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return similarity.mean((1, 2, 3))
 
 
-def codebook_metrics(histogram: torch.Tensor, codebook_size: int | None = None) -> dict[str, float]:
+def codebook_metrics(histogram: torch.Tensor, codebook_size: int) -> dict[str, float]:
     """Perplexity, usage and bits per index of a code histogram (codes,), or of one for each half of the latents, (2, codes).
 
-    codebook_size K: values of an index (default: one per code; with a trellis half as many). The entropy is conditional on the
+    codebook_size K: values of an index, as many as codes or, with a trellis, half as many. The entropy is conditional on the
     half and, with a trellis, on the bit before, which says whether the subset is odd.
     """
-    trellis = histogram.shape[-1] != (codebook_size or histogram.shape[-1])
+    trellis = histogram.shape[-1] != codebook_size
     histogram = histogram.cpu().double()  # Apple GPUs have no float64
     p = histogram / histogram.sum()
     known = p.unflatten(-1, (2, 2, -1)).sum((-3, -1)) if trellis else p.sum(-1)
@@ -1649,8 +1644,17 @@ def _writing(path):
                         "then run the same command again") from error
 
 
+def write_text(path, text):
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
 def write_json(path, values):
-    atomic_write(path, lambda file: file.write((json.dumps(values, indent=2, allow_nan=False) + "\n").encode()))
+    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def write_figure(path, figure, dpi=120):
+    """A Matplotlib figure as PNG."""
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def read_json(path):
@@ -1868,7 +1872,7 @@ def reconstruction_picture(model, images, title, path, refine=0):
     figure = Figure(figsize=(width / 100, height / 100 + 0.14 * (1 + len(lines))), dpi=100)
     figure.figimage(pixels)  # from the lower left corner, each image pixel scale x scale pixels
     figure.text(4 / width, 0.99, "\n".join(lines), fontsize=8, verticalalignment="top")
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    write_figure(path, figure, dpi=100)
 
 
 def usage_picture(histogram, title, path):
@@ -1884,7 +1888,7 @@ def usage_picture(histogram, title, path):
     low, high = share[share > 0].min(), share.max()
     axes.set_ylim(min(low, 0.1 / len(share)) / 1.2, max(high, 10 / len(share)) * 1.2)  # two decades: even use looks even
     axes.legend()
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_figure(path, figure)
 
 
 def write_pictures(folder, model, images, config, metrics, histogram, refine=0):
@@ -2067,7 +2071,7 @@ def start_wandb(config, folder):
     import wandb  # not above: few runs need it
     id_file = folder / "wandb_id"
     run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(6)
-    atomic_write(id_file, lambda file: file.write(run_id.encode()))
+    write_text(id_file, run_id)
     options = dict(project="vq-codebook-utilization", name=config.name, id=run_id, resume="allow", dir=str(folder),
                    config=config.to_dict())
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
@@ -2224,7 +2228,7 @@ def restore(config, folder, model, optimizer, steps_per_epoch):
         histogram.copy_(state["histogram"] if rank() == 0 else 0)
         say(f"resuming {folder} from {saved[-1].name} (step {step} of {steps_per_epoch * config.epochs})")
     if rank() == 0:
-        atomic_write(folder / "config.yaml", lambda file: file.write(config_yaml(config).encode()))
+        write_text(folder / "config.yaml", config_yaml(config))
         for log in ("metrics.jsonl", "timing.jsonl"):
             keep_lines(folder / log, step // steps_per_epoch)
     return step, losses, histogram, seconds

@@ -8,7 +8,6 @@ One JSON per run goes to results/compare/; runs that have one are skipped, so th
 after an interruption. The methods are the rows of METHODS.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import importlib.metadata
@@ -32,10 +31,10 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import analysis  # noqa: E402
-import peers  # noqa: E402
-import train  # noqa: E402
-import vqvae  # noqa: E402
+import analysis
+import peers
+import train
+import vqvae
 
 CLASSICAL = ["--quantizer", "vq_ema", "--vq_recipe", "classical"]
 NO_WARMUP, NO_RESTARTS = ["--warmup_fraction", "0"], ["--restart_threshold", "0"]
@@ -75,7 +74,7 @@ METHODS.update({f"{name}_warmup20": [*METHODS[name], "--warmup_fraction", "0.2"]
 RESULTS = ROOT / "results" / "compare"
 GAUSSIAN = ROOT / "results" / "gaussian_source.json"  # gaussian_source.py writes it
 REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of this project only)
-COLOURS, MARKERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "s^Dv"  # every pair of them once in 20 methods
+COLORS, MARKERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "s^Dv"  # every pair of them once in 20 methods
 LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_predictive": "VQ-EMA tuned, prediction",
           "vq_ema_trellis": "VQ-EMA tuned, trellis", "vq_ema_predictive_trellis": "VQ-EMA tuned, prediction and trellis",
           "vq_ema_classical": "VQ-EMA classical", "lib_ema": "VQ-EMA, k-means start, expiry",
@@ -250,7 +249,7 @@ def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, batch=128, epochs=1
                 config = next(iter(runs.values()))["config"]
                 found[config["prediction"], config["trellis"]].append((float(config["entropy_weight"]), rate, quality))
                 continue
-            looks.setdefault(name, dict(color=COLOURS[len(looks) % len(COLOURS)], marker=MARKERS[len(looks) % len(MARKERS)]))
+            looks.setdefault(name, dict(color=COLORS[len(looks) % len(COLORS)], marker=MARKERS[len(looks) % len(MARKERS)]))
             for axes in both:
                 axes.plot(rate, quality, linestyle="none", markersize=6, label=LABELS.get(name, name), **looks[name])
         found = {kind: sorted(curve) for kind, curve in found.items() if curve}
@@ -277,24 +276,19 @@ def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, batch=128, epochs=1
         axes.grid(alpha=0.3)
     handles = dict(zip(*reversed(both[0].get_legend_handles_labels())))  # one entry a name
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    vqvae.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    vqvae.write_figure(path, figure, dpi=110)
 
 
 def parse(argv):
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = train.Parser(__doc__)
     names = ", ".join(METHODS)
     parser.add_argument("--methods", default="vq_ema,ba_vq_lambda10", metavar="A,B", help=f"of {names}")
-    parser.add_argument("--codebook_sizes", default="512", metavar="K,K", help="default 512")
-    parser.add_argument("--latent_dims", default="8", metavar="D,D", help="default 8")
-    parser.add_argument("--seeds", default="0,1,2", metavar="S,S", help="default 0,1,2")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default 1)")
+    parser.add_argument("--codebook_sizes", type=train.several(int), default="512", metavar="K,K", help="default 512")
+    parser.add_argument("--latent_dims", type=train.several(int), default="8", metavar="D,D", help="default 8")
+    parser.add_argument("--seeds", type=train.several(int), default="0,1,2", metavar="S,S", help="default 0,1,2")
+    parser.add_argument("--jobs", type=train.whole(1), default=1, metavar="N", help="runs at once (default 1)")
     parser.add_argument("--summary", action="store_true", help="only write results/summary.md and results/rate_distortion.png")
     options, extra = parser.parse_known_args(argv)
-    try:
-        grid = [options.methods.split(","), *([int(word) for word in text.split(",")] for text in
-                                              (options.codebook_sizes, options.latent_dims, options.seeds))]
-    except ValueError as error:
-        raise vqvae.UserError(f"codebook_sizes, latent_dims, seeds: expected numbers with commas between ({error})") from error
     fixed = {"--quantizer", "--prediction", "--trellis", "--codebook_size", "--latent_dim", "--seed", "--name",
              "--vq_recipe", "--entropy_weight"}
     fixed &= {word.split("=")[0] for word in extra}
@@ -302,12 +296,12 @@ def parse(argv):
         raise vqvae.UserError(f"{min(fixed)}: set by the grid; use --methods, --codebook_sizes, --latent_dims, --seeds")
     if options.summary and extra:
         raise vqvae.UserError(f"{extra[0]}: a setting of runs, which --summary does not make; drop one of the two")
-    if options.jobs < 1:
-        raise vqvae.UserError(f"jobs: {options.jobs} must be at least 1")
-    unknown = [method for method in grid[0] if method not in METHODS]
+    methods = options.methods.split(",")
+    unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise vqvae.UserError(f"methods: {unknown[0]!r} is none of {names}")
-    return options, list(dict.fromkeys(itertools.product(*grid[1:], grid[0]))), extra  # (K, D, seed, method), each once
+    cells = itertools.product(options.codebook_sizes, options.latent_dims, options.seeds, methods)
+    return options, list(dict.fromkeys(cells)), extra  # (K, D, seed, method), each once
 
 
 def main(argv=None):
@@ -329,7 +323,7 @@ def main(argv=None):
                 for future in ended:
                     done += 1
                     print(f"[{done}/{len(cells)}] {future.result()}", flush=True)
-    vqvae.atomic_write(ROOT / "results" / "summary.md", lambda file: file.write(summary().encode()))
+    vqvae.write_text(ROOT / "results" / "summary.md", summary())
     rate_distortion_figure(ROOT / "results" / "rate_distortion.png")
     print("wrote results/summary.md, results/rate_distortion.png")
 

@@ -17,7 +17,6 @@ three and a half levels in each. n per latent is what the latent dimension D has
 images. Writes results/gaussian_source.json.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -28,10 +27,10 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import train  # noqa: E402
-import vqvae  # noqa: E402
-from price_of_balance import balanced_to_best  # noqa: E402
-from quantizer_step import table  # noqa: E402
+import train
+import vqvae
+from price_of_balance import balanced_to_best
+from quantizer_step import table
 
 RESULTS = ROOT / "results" / "gaussian_source.json"
 
@@ -76,19 +75,15 @@ def least_error(variances, bits, latents, factor):
 
 
 def parse(argv):
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--codebook_sizes", default="512,1024,4096,16384", metavar="K,K", help="default 512,1024,4096,16384")
+    parser = train.Parser(__doc__)
+    parser.add_argument("--codebook_sizes", type=train.several(int), default="512,1024,4096,16384", metavar="K,K")
     options, words = parser.parse_known_args(argv)
-    try:
-        sizes = [int(word) for word in options.codebook_sizes.split(",")]
-    except ValueError as error:
-        raise vqvae.UserError(f"codebook_sizes: expected numbers with commas between ({error})") from error
-    if min(sizes) < 2:
-        raise vqvae.UserError(f"codebook_sizes: {min(sizes)} must be at least 2")
+    if min(options.codebook_sizes) < 2:
+        raise vqvae.UserError(f"codebook_sizes: {min(options.codebook_sizes)} must be at least 2")
     config = train.config_to_run([*words, "--no_wandb"])
     if config.image_size > 64:  # the covariance has (3 S^2)^2 entries
         raise vqvae.UserError(f"image_size: {config.image_size} must be at most 64 here")
-    return sizes, config
+    return options.codebook_sizes, config
 
 
 def main(argv=None):

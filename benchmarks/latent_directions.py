@@ -8,7 +8,6 @@ direction that has much is a bend of the first one, so codes along it say again 
 it takes the half of the latents that is coded without. Writes results/latent_directions.json.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -18,10 +17,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import analysis  # noqa: E402
-import train  # noqa: E402
-import vqvae  # noqa: E402
-from quantizer_step import table  # noqa: E402
+import analysis
+import train
+import vqvae
+from quantizer_step import table
 
 RESULTS = ROOT / "results" / "latent_directions.json"
 
@@ -47,7 +46,7 @@ def describe(path):
 
 
 def main(argv=None):
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = train.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or their final_model.pt")
     records = [describe(run) for run in parser.parse_args(argv).runs]
     vqvae.write_json(RESULTS, records)

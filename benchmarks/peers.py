@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import vqvae  # noqa: E402
+import vqvae
 
 
 class FromLibrary(nn.Module):
@@ -87,7 +87,7 @@ class Sinkhorn(vqvae.VQEMAQuantizer):
             log_plan -= torch.logsumexp(log_plan, 1, keepdim=True)  # every latent one
         indices = log_plan.argmax(1)  # (N,)
         stats = torch.zeros_like(self.ema).index_add_(0, indices, F.pad(z, (0, 1), value=1.0))
-        return indices, stats
+        return indices, vqvae.all_reduce(stats)
 
 
 class CVQ(vqvae.VQEMAQuantizer):
@@ -104,18 +104,17 @@ class CVQ(vqvae.VQEMAQuantizer):
         self.ema[:, :-1] = codes * self.ema[:, -1:]
 
 
-class LearnedCodebook(nn.Module):
-    """Codes learned by gradient: nearest code, codebook and commitment loss (van den Oord 2017, equation 3)."""
+class Wasserstein(nn.Module):
+    """Wasserstein VQ: codes learned by gradient, with codebook and commitment loss (van den Oord 2017, equation 3), plus the
+    2-Wasserstein distance between Gaussian fits of latents and codes (its equation 6)."""
+
+    weight = 0.02  # of that distance
 
     def __init__(self, config):
         super().__init__()
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.latent_dim))
         self.commitment_weight = config.commitment_weight
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-
-    def regulariser(self, rows):
-        """A further loss on latents rows (N, D)."""
-        raise NotImplementedError
 
     def forward(self, z):
         with torch.autocast(z.device.type, enabled=False):
@@ -130,18 +129,13 @@ class LearnedCodebook(nn.Module):
             quantized = self.codebook[indices]
             loss = F.mse_loss(quantized, flat.detach()) + self.commitment_weight * F.mse_loss(flat, quantized.detach())
             if self.training:
-                loss = loss + self.regulariser(flat)
+                loss = loss + self.weight * self.distance(flat)
             quantized = flat + (quantized - flat).detach()
         z_q = quantized.view(rows.shape).permute(0, 3, 1, 2).to(z.dtype)
         return vqvae.Quantized(z_q, indices.view(rows.shape[:-1]), loss)
 
-
-class Wasserstein(LearnedCodebook):
-    """Wasserstein VQ: plus the 2-Wasserstein distance between Gaussian fits of latents and codes (its equation 6)."""
-
-    weight = 0.02
-
-    def regulariser(self, rows):
+    def distance(self, rows):
+        """Of the Gaussian with the moments of latents rows (N, D), which get no gradient, to that of the codes, ()."""
         def moments(x):
             mean = x.mean(0)
             return mean, (x - mean).T @ (x - mean) / len(x) + 1e-5 * torch.eye(x.shape[1], device=x.device)
@@ -152,7 +146,7 @@ class Wasserstein(LearnedCodebook):
         # tr (c1^1/2 c2 c1^1/2)^1/2: gradients to the codes through eigenvalues alone, which is stable
         cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp_min(1e-12).sqrt().sum()
         squared = (m1.detach() - m2).square().sum() + c1.detach().trace() + c2.trace() - 2 * cross
-        return self.weight * squared.clamp_min(1e-12).sqrt()
+        return squared.clamp_min(1e-12).sqrt()
 
 
 class SQVAE(nn.Module):
@@ -192,8 +186,8 @@ class SQVAE(nn.Module):
 
 def own(kind):
     """Builder of a subclass of vqvae.VQEMAQuantizer."""
-    return lambda config: kind(config.codebook_size, config.latent_dim, config.metric, config.ema_decay,
-                               config.commitment_weight, config.restart_threshold)
+    return lambda config: kind(config.codebook_size, config.latent_dim, ema_decay=config.ema_decay,
+                               commitment_weight=config.commitment_weight, restart_threshold=config.restart_threshold)
 
 
 PEERS = {

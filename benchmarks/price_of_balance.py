@@ -14,7 +14,6 @@ p the ratio of the two depends only on d, the number of live directions: vqvae.l
 Writes results/price_of_balance.json. The runs need validation images and the euclid metric, and neither prediction nor a trellis.
 """
 
-import argparse
 import dataclasses
 import math
 import sys
@@ -27,10 +26,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import analysis  # noqa: E402
-import train  # noqa: E402
-import vqvae  # noqa: E402
-from quantizer_step import table  # noqa: E402
+import analysis
+import train
+import vqvae
+from quantizer_step import table
 
 RESULTS = ROOT / "results" / "price_of_balance.json"
 BATCH = 8192  # latents per step of a fit, as in training with 128 images of 64 latents
@@ -163,19 +162,16 @@ def report(record):
 
 
 def parse(argv):
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = train.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or their final_model.pt")
-    parser.add_argument("--entropy_weights", default="10,100,inf", metavar="L,L", help="lambdas of BA-VQ (default 10,100,inf)")
-    parser.add_argument("--passes", type=int, default=4, metavar="N", help="over the latents of 10,000 images (default 4)")
-    parser.add_argument("--seed", type=train.count, default=0, metavar="N", help="of the starts of the codes (default 0)")
+    parser.add_argument("--entropy_weights", type=train.several(float), default="10,100,inf", metavar="L,L",
+                        help="lambdas of BA-VQ (default 10,100,inf)")
+    parser.add_argument("--passes", type=train.whole(1), default=4, metavar="N",
+                        help="over the latents of 10,000 images (default 4)")
+    parser.add_argument("--seed", type=train.whole(0), default=0, metavar="N", help="of the starts of the codes (default 0)")
     options = parser.parse_args(argv)
-    try:
-        options.entropy_weights = [float(word) for word in options.entropy_weights.split(",")]
-    except ValueError as error:
-        raise vqvae.UserError(f"entropy_weights: expected numbers with commas between ({error})") from error
-    if not all(weight >= 0 for weight in options.entropy_weights) or options.passes < 1:
-        raise vqvae.UserError("entropy_weights must be 0 or more, passes 1 or more")
-    vqvae.Config(seed=options.seed)  # in range, or UserError
+    for weight in options.entropy_weights:
+        vqvae.Config(entropy_weight=weight, seed=options.seed)  # in range, or UserError
     return options
 
 

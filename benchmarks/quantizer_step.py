@@ -13,7 +13,6 @@ Results go to results/speed/quantizer_{step,memory}[_fused]_DEVICE.json, and a t
 
 import argparse
 import importlib.util
-import itertools
 import json
 import os
 import resource
@@ -29,9 +28,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import peers  # noqa: E402
-import train  # noqa: E402
-import vqvae  # noqa: E402
+import peers
+import train
+import vqvae
 
 RESULTS = ROOT / "results" / "speed"
 METHODS = ("vq_ema", "ba_vq", "lib_ema", "lib_simvq")
@@ -189,26 +188,23 @@ def check_fused(device):
 
 
 def parse(argv):
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--codebook_sizes", default="512,1024,4096,16384,65536", metavar="K,K")
-    parser.add_argument("--latent_dims", default="8,64,256", metavar="D,D")
-    parser.add_argument("--vectors", default="16384", metavar="N,N", help="latents per step, multiples of 64")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = train.Parser(__doc__)
+    parser.add_argument("--codebook_sizes", type=train.several(int), default="512,1024,4096,16384,65536", metavar="K,K")
+    parser.add_argument("--latent_dims", type=train.several(int), default="8,64,256", metavar="D,D")
+    parser.add_argument("--vectors", type=train.several(int), default="16384", metavar="N,N",
+                        help="latents per step, multiples of 64")
+    parser.add_argument("--rounds", type=train.whole(1), default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
     parser.add_argument("--fused", action="store_true", help="the fused E-step beside the chunked one, no peers; CUDA")
     parser.add_argument("--one_size", action="store_true", help=argparse.SUPPRESS)  # a fresh process for --memory
     options = parser.parse_args(argv)
-    try:
-        sizes = [[int(word) for word in text.split(",")] for text in
-                 (options.codebook_sizes, options.latent_dims, options.vectors)]
-    except ValueError as error:
-        raise vqvae.UserError(f"codebook_sizes, latent_dims, vectors: expected numbers with commas between ({error})") from error
-    if any(n < 64 or n % 64 for n in sizes[2]) or options.rounds < 1:
-        raise vqvae.UserError("vectors must be multiples of 64, rounds at least 1")
-    for k, d in itertools.product(*sizes[:2]):
+    if any(n < 64 or n % 64 for n in options.vectors):
+        raise vqvae.UserError("vectors: must be multiples of 64")
+    sizes = [(k, d, n) for n in options.vectors for d in options.latent_dims for k in options.codebook_sizes]
+    for k, d, _ in sizes:
         vqvae.Config(codebook_size=k, latent_dim=d)  # in range, or UserError
-    return options, [(k, d, n) for n in sizes[2] for d in sizes[1] for k in sizes[0]]
+    return options, sizes
 
 
 def main(argv=None):

@@ -24,10 +24,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import quantizer_step  # noqa: E402
-import train  # noqa: E402
-import vqvae  # noqa: E402
-from quantizer_step import NAMES, RESULTS, table  # noqa: E402
+import quantizer_step
+import train
+import vqvae
+from quantizer_step import NAMES, RESULTS, table
 
 SWEEPS = {"K": [512, 1024, 4096, 16384, 65536, 262144], "D": [8, 16, 32, 64, 128, 256], "N": [1024, 4096, 16384, 65536]}
 BASE = {"K": 4096, "D": 64, "N": 16384}
@@ -158,11 +158,11 @@ def summary():
 
 
 def parse(argv):
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = train.Parser(__doc__)
     parser.add_argument("--methods", default="vq_ema,ba_vq", metavar="A,B",
                         help="of vq_ema, ba_vq (as in training), ba_vq_chunked, ba_vq_fused (CUDA)")
-    parser.add_argument("--max_processes", type=int, default=2, metavar="P", help="1, 2, 4, ... up to P (default 2)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps per point (default 5)")
+    parser.add_argument("--max_processes", type=train.whole(1), default=2, metavar="P", help="1, 2, 4, ... up to P (default 2)")
+    parser.add_argument("--rounds", type=train.whole(1), default=5, metavar="N", help="timed steps per point (default 5)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tiny", action="store_true", help="rehearsal with tiny sizes")
     parser.add_argument("--summary", action="store_true", help="only write results/scaling.md")
@@ -172,8 +172,6 @@ def parse(argv):
     known = ("ba_vq", *quantizer_step.WITH_FUSED)
     if not set(options.methods) <= set(known):
         raise vqvae.UserError(f"methods: expected some of {', '.join(known)}, with commas between")
-    if options.max_processes < 1 or options.rounds < 1:
-        raise vqvae.UserError("max_processes and rounds must be at least 1")
     return options
 
 
@@ -204,7 +202,7 @@ def main(argv=None):
         vqvae.write_json(RESULTS / f"scaling_{device.type}.json", {
             "machine": quantizer_step.machine(device), "rates": quantizer_step.machine_rates(device), "methods": options.methods,
             "base": TINY_BASE if options.tiny else BASE, "argv": argv or sys.argv[1:], "records": records})
-    vqvae.atomic_write(RESULTS.parent / "scaling.md", lambda file: file.write(summary().encode()))
+    vqvae.write_text(RESULTS.parent / "scaling.md", summary())
     print("wrote results/scaling.md")
 
 

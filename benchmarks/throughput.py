@@ -13,7 +13,6 @@ images stand in for a data set. Writes
 results/speed/throughput_DEVICE_SIZE.json, SIZE its hidden width, residual blocks, D, K and batch.
 """
 
-import argparse
 import dataclasses
 import os
 import statistics
@@ -28,9 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import train  # noqa: E402
-import vqvae  # noqa: E402
-from quantizer_step import RESULTS, floor_seconds, machine, machine_rates, rates_line, seconds  # noqa: E402
+import train
+import vqvae
+from quantizer_step import RESULTS, floor_seconds, machine, machine_rates, rates_line, seconds
 
 
 class OneHotEMA(torch.nn.Module):
@@ -144,19 +143,17 @@ def step_floor(config, device):
     network, exact = machine_rates(device, dtype), machine_rates(device)
     flops = counter.get_total_flops()
     n = config.batch_size * (side // config.downsample) ** 2
-    seconds = {"network": max(flops / network["flops_per_second"], moved / network["copy_bytes_per_second"]),
-               "quantizer": floor_seconds(n, config.codebook_size, config.latent_dim, exact)}
+    least = {"network": max(flops / network["flops_per_second"], moved / network["copy_bytes_per_second"]),
+             "quantizer": floor_seconds(n, config.codebook_size, config.latent_dim, exact)}
     return {"network_flops": flops, "network_bytes": moved, "precision": str(dtype)[6:], "network_rates": network,
-            "quantizer_rates": exact, "seconds": seconds}
+            "quantizer_rates": exact, "seconds": least}
 
 
 def parse(argv):
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=12, metavar="N", help="steps per round (default 12)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, alternating (default 5)")
+    parser = train.Parser(__doc__)
+    parser.add_argument("--steps", type=train.whole(1), default=12, metavar="N", help="steps per round (default 12)")
+    parser.add_argument("--rounds", type=train.whole(1), default=5, metavar="N", help="rounds, alternating (default 5)")
     options, words = parser.parse_known_args(argv)
-    if options.steps < 1 or options.rounds < 1:
-        raise vqvae.UserError("steps and rounds must be at least 1")
     full_size = ["--latent_dim", "256", "--batch_size", "256", "--prediction", "none"]
     config = train.config_to_run([*full_size, *words, "--no_wandb"])
     if "--quantizer" in {word.split("=")[0] for word in words}:

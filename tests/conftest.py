@@ -9,7 +9,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import vqvae  # noqa: E402
+import vqvae
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import vqvae
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import compare  # noqa: E402
+import compare
 
 
 @pytest.fixture

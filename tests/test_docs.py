@@ -13,7 +13,7 @@ import train
 import vqvae
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import compare  # noqa: E402
+import compare
 
 
 def run_notebook(out_dir, monkeypatch):
@@ -60,7 +60,7 @@ def test_figures_of_every_kind(tiny_config, tmp_path):
                analysis.codes_and_latents(records, models, images), analysis.cell_sizes(records, models, images),
                analysis.size_picture(records)]
     for figure in figures:
-        analysis.save_figure(figure, tmp_path / "figure.png")
+        vqvae.write_figure(tmp_path / "figure.png", figure)
         shown = [axes for axes in figure.axes if axes.has_data()]
         assert (tmp_path / "figure.png").stat().st_size > 3000 and shown
         if figure is not figures[2]:

@@ -11,7 +11,7 @@ from conftest import ROOT
 import vqvae
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import gaussian_source  # noqa: E402
+import gaussian_source
 
 
 def test_spectrum_is_that_of_the_covariance():

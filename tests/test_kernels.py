@@ -11,7 +11,7 @@ from conftest import ROOT
 import vqvae
 
 triton = pytest.importorskip("triton", reason="triton comes with CUDA builds of torch")
-import vqvae_kernels as kernels  # noqa: E402
+import vqvae_kernels as kernels
 
 # n, k, d, temperature: blocks that do not divide, fewer codes or rows than a block, several shares of the rows
 CASES = {"odd": (150, 130, 8, 0.5), "cold": (150, 130, 8, 1e-3), "hard": (70, 40, 3, 1e-30), "one code": (33, 1, 2, 0.1),

@@ -10,7 +10,7 @@ from conftest import ROOT
 import vqvae
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import latent_directions  # noqa: E402
+import latent_directions
 
 
 def test_a_bend_is_told_from_a_direction_of_its_own():

@@ -74,11 +74,11 @@ def test_batch_size_does_not_matter():
 
 
 def test_codebook_metrics_by_hand():
-    assert codebook_metrics(torch.tensor([5, 5, 5, 5])) == pytest.approx(
+    assert codebook_metrics(torch.tensor([5, 5, 5, 5]), 4) == pytest.approx(
         {"perplexity": 4.0, "usage_rate": 1.0, "bits_per_index": 2.0})
-    assert codebook_metrics(torch.tensor([7, 0, 0, 0])) == pytest.approx(
+    assert codebook_metrics(torch.tensor([7, 0, 0, 0]), 4) == pytest.approx(
         {"perplexity": 1.0, "usage_rate": 0.25, "bits_per_index": 0.0})
-    assert f"{codebook_metrics(torch.tensor([7]))['bits_per_index']}" == "0.0"  # not -0.0
+    assert f"{codebook_metrics(torch.tensor([7]), 1)['bits_per_index']}" == "0.0"  # not -0.0
 
 
 def test_ssim_equals_a_plain_loop():

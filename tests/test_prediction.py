@@ -169,7 +169,7 @@ def test_counts_and_metrics_of_two_codebooks():
     vqvae.count_codes(histogram, model, torch.tensor([[[0, 3], [3, 1]], [[2, 3], [3, 3]]]))
     assert histogram.tolist() == [[1, 1, 1, 1], [0, 0, 0, 4]]
     # the first half's codes tell 2 bits, the second half's none; pooled over halves it would be 5 bits in 8 codes
-    metrics = vqvae.codebook_metrics(histogram)
+    metrics = vqvae.codebook_metrics(histogram, 4)
     assert metrics == pytest.approx({"perplexity": 2.0, "usage_rate": 5 / 8, "bits_per_index": 1.0})
 
 
@@ -230,7 +230,7 @@ def test_a_run_from_training_to_pictures(tiny_config, quantizer):
     assert histograms[0].shape == (2, 16) and records[0]["method"].endswith("predictive")
     for figure in (analysis.usage_histograms(records, histograms), analysis.codes_and_latents(records, models, images),
                    analysis.cell_sizes(records, models, images)):
-        analysis.save_figure(figure, folder / "figure.png")
+        vqvae.write_figure(folder / "figure.png", figure)
     assert len(analysis.latents_of(models[0], images)) == len(images) * 4 * 4 / 2
 
 

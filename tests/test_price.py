@@ -12,7 +12,7 @@ from scipy.integrate import quad
 import vqvae
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import price_of_balance  # noqa: E402
+import price_of_balance
 
 
 @pytest.mark.parametrize("d", [3, 5, 8])
@@ -114,7 +114,7 @@ def test_codebooks_are_fitted_with_the_tuned_decay_whatever_the_run_had(tiny, tm
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--entropy_weights", "a"], "commas"), (["--entropy_weights", "-1"], "0 or more"), (["--passes", "0"], "1 or more"),
+    (["--entropy_weights", "a"], "commas"), (["--entropy_weights", "-1"], "out of range"), (["--passes", "0"], "1 or more"),
     (["--seed", "99999999999999999999"], "seed"), (["--seed", "-1"], "seed")])
 def test_bad_input(flags, message):
     with pytest.raises(vqvae.UserError, match=message):

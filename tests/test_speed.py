@@ -12,10 +12,10 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import quantizer_step  # noqa: E402
-import scaling  # noqa: E402
-import throughput  # noqa: E402
-import vqvae  # noqa: E402
+import quantizer_step
+import scaling
+import throughput
+import vqvae
 
 RATES = {"flops_per_second": 1e9, "copy_bytes_per_second": 1e9}
 
