@@ -65,7 +65,7 @@ from tqdm import tqdm
 
 FORMAT_VERSION = 3  # of checkpoints and final models; 1 is read, too, 2 had another distance
 RECON_WEIGHT = 8.0  # of the mean squared error of [0, 1] images against the commitment loss
-REFINE_STEP = 0.7  # of VQVAE.refined
+REFINE_STEP = 0.7  # of the way that a pass of VQVAE.refined moves a latent
 
 
 class UserError(Exception):
@@ -474,7 +474,10 @@ CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24, "mps": 1 << 23}  # of the N x
 
 
 def _chunks(codes, z, *others):
-    """Rows of z (N, D), with those of others (N, ...): so many that their scores stay within CHUNK_ELEMENTS, or D (so O(K D))."""
+    """Slices of rows of z (N, D), together with the same rows of others (N, ...), as tuples.
+
+    As many rows as keep n x K scores within CHUNK_ELEMENTS; at least D, since O(K D) of memory is spent anyway.
+    """
     rows = max(z.shape[1], CHUNK_ELEMENTS[z.device.type] // codes)
     return zip(*(tensor.split(rows) for tensor in (z, *others)))
 
@@ -504,16 +507,16 @@ def _best(scores):
 def nearest_code(z, codebook):
     """Index (N,) of the code nearest to each row of z (N, D) in squared distance; codebook (K, D)."""
     halves = _half_norms(codebook)
-    indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # one, since small ones kept would split the heap's holes
+    indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # whole: kept pieces fragment the heap
     for chunk, nearest in _chunks(len(codebook), z, indices):
         nearest[:] = _best(_scores(chunk, codebook, halves))[1]
     return indices
 
 
 def _exp(x):
-    """exp in place, of at least 2^-60: less is nothing in a sum of weights, but slow on the CPU (denormal numbers).
+    """exp in place, but at least 2^-60: less adds nothing to a sum of weights and is slow on the CPU (denormal numbers).
 
-    As a power of two, which is four times as fast there.
+    Taken as a power of two, which is four times as fast there.
     """
     return x.mul_(1 / math.log(2)).clamp_(min=-60).exp2_()
 
@@ -544,7 +547,7 @@ def soft_assign(z, codebook, log_w, temperature):
     halves = _half_norms(codebook)
     stats = z.new_zeros(z.shape[1] + 1, len(codebook))  # (D + 1, K): products with rows of P are fast this way round
     best_sum, squares = z.new_zeros(()), z.new_zeros(())
-    indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # one, since small ones kept would split the heap's holes
+    indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # whole: kept pieces fragment the heap
     for chunk, nearest in _chunks(len(codebook), z, indices):  # (n, D), (n,)
         scores = _scores(chunk, codebook, halves)  # (n, K)
         best, nearest[:] = _best(scores)  # (n,)
@@ -718,7 +721,7 @@ class Quantized(NamedTuple):
 
 
 def sample_rows(z, count):
-    """`count` random rows of z (N, D) over all processes, the same everywhere; distinct while they last."""
+    """(count, D): random rows of the z (N, D) of all processes, the same in each; no row twice before all are taken."""
     total = len(z) * world_size()
     pick = broadcast(torch.randperm(total, device=z.device))
     pick = pick[torch.arange(count, device=z.device) % total]  # (count,)
@@ -861,7 +864,7 @@ class Quantizer(nn.Module):
         copies of one row then split as the temperature falls (Rose 1998).
         """
         cell = self._expected_distortion(z)
-        jitter = 0.1 * (cell / self.dim).sqrt() + 1e-4 * z.square().mean().sqrt() + 1e-12
+        jitter = 0.1 * (cell / self.dim).sqrt() + 1e-4 * z.square().mean().sqrt() + 1e-12  # also where all rows are equal, or 0
         return broadcast(sample_rows(z, len(self.codebook)) + jitter * torch.randn_like(self.codebook))
 
     def restart_dead_codes(self, z):
@@ -1008,7 +1011,7 @@ def checkerboard(size, device):
 
 
 def _halves(size, device):
-    """Places (H W,) in the flattened grid, the first half's before the second's; sizes known without waiting for a GPU."""
+    """Places (H W,) in the flattened grid, the first half's before the second's; unlike `nonzero` no wait for a GPU."""
     return checkerboard(size, device).flatten().int().argsort(stable=True)
 
 
@@ -1131,8 +1134,9 @@ def live_directions(covariance: torch.Tensor, bits: float) -> torch.Tensor:
     """
     variances, directions = torch.linalg.eigh(covariance.cpu().double())  # rising
     logs, directions = variances.clamp_min(1e-30).log().flip(0), directions.flip(1)
-    levels = (logs.cumsum(0) - 2 * math.log(2) * bits) / torch.arange(1, len(logs) + 1)  # were the first 1, 2, ... live
-    return directions[:, logs > levels.max()]  # the level that fits its own number of directions is the largest
+    counts = torch.arange(1, len(logs) + 1)
+    levels = (logs.cumsum(0) - 2 * math.log(2) * bits) / counts  # (D,) log water level if the first 1, 2, ... are live
+    return directions[:, logs > levels.max()]  # a wrong number of live directions gives a lower level than the right one
 
 
 # ----------------------------------------------------------------------------------------
@@ -1200,8 +1204,8 @@ class VQVAE(nn.Module):
             with torch.autocast(z.device.type, enabled=False):
                 return torch.einsum("bdhw,dl->blhw", v, live).flatten(1).norm(dim=1)
 
-        best, least, moved = z, z.new_full((len(z),), math.inf), z  # least: errors of best
-        for i in range(passes + 1):  # the last only to see where the last pass has led
+        best, least, moved = z, z.new_full((len(z),), math.inf), z  # least: the images' errors with best, (B,)
+        for i in range(passes + 1):  # once more, only for the errors after the last pass
             with eval_mode(self.quantizer):
                 codes = self.quantizer(moved).z_q  # (B, D, H, W)
             with torch.inference_mode(False), torch.enable_grad():
@@ -1693,7 +1697,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def all_finite(model):
-    """Whether all weights and buffers are; a GPU is waited for once."""
+    """Whether all weights and buffers are finite; waits for a GPU once."""
     return torch.stack([x.isfinite().all() for x in model.state_dict().values() if isinstance(x, torch.Tensor)]).all().item()
 
 
@@ -1719,7 +1723,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQ
     load_state(model, state, path)
     if not model.quantizer.initialized:
         raise UserError(f"{path}: was saved during the warm-up, before there were codes; take a later checkpoint")
-    return model.to(device).to(memory_format=memory_format(torch.device(device))).eval(), config  # as in training: the same bits
+    model = model.to(device).to(memory_format=memory_format(torch.device(device)))  # as in training, for the same bits
+    return model.eval(), config
 
 
 def _checkpoint_key(path):
@@ -1920,7 +1925,7 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def set_learning_rate(optimizer, rate):
-    """In place on CUDA, where a recorded step reads it."""
+    """Set the learning rate of all groups; on CUDA in place, since a recorded step reads that tensor."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)
@@ -2186,7 +2191,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
             if signum:
                 raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
 
-        signals.release()  # all is saved; nothing below needs to end well
+        signals.release()  # training is saved, so Ctrl-C may stop what follows at once
         metrics = finish_run(config, folder, model, train_set, test_set) if rank() == 0 else {}
         if dist.is_initialized():
             dist.barrier()
