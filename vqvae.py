@@ -470,7 +470,7 @@ def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | 
 # Quantizers
 
 FUSED_UP_TO = 64  # dimensions of the latents: beyond, a large codebook's fused E-step is slower than the chunked one
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24, "mps": 1 << 23}  # of the N x K score matrix alive at once
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24, "mps": 1 << 23}  # of the N x K score matrix alive at once
 
 
 def _chunks(codes, z, *others):

@@ -1,6 +1,7 @@
 """train.py as users type it: precedence, the documented lines, and one clear line for every bad input."""
 
 import contextlib
+import dataclasses
 import io
 import math
 import os
@@ -342,19 +343,21 @@ def test_ctrl_c_and_a_second_run_of_that_name(tiny, tiny_config, tmp_path):
     """While a run trains, a second one of its name is refused. Ctrl-C: exit code 130, one line, state saved."""
     import signal
     import time
-    flags = [w for k, v in tiny(epochs=200).items() for w in (f"--{k}", str(v))]
+    config = tiny_config(epochs=10_000)
+    flags = [w for k, v in tiny(epochs=config.epochs).items() for w in (f"--{k}", str(v))]
     command = [sys.executable, str(ROOT / "train.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("epoch 2/"):
-                for changes in ({}, {"overwrite": True}):
-                    with pytest.raises(vqvae.UserError, match="another process is training this run"):
-                        vqvae.train(tiny_config(epochs=200, **changes))
-                process.send_signal(signal.SIGINT)
-                break
-        began = time.time()
-        _, err = process.communicate(timeout=60)
+        try:
+            next(line for line in process.stdout if line.startswith("epoch 2/"))
+            for second in (config, dataclasses.replace(config, overwrite=True)):
+                with pytest.raises(vqvae.UserError, match="another process is training this run"):
+                    vqvae.train(second)
+            process.send_signal(signal.SIGINT)
+            began = time.time()
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130 and err.count("\n") == 1 and "resumes" in err
     assert time.time() - began < 30
     assert any("step" in path.name or "epoch" in path.name

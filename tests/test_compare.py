@@ -78,11 +78,12 @@ def test_a_killed_comparison_leaves_no_run_behind(tiny, tmp_path):
     flags = [w for k, v in tiny(epochs=10_000, out_dir="runs").items() if k not in ("name", "codebook_size", "latent_dim")
              for w in (f"--{k}", str(v))]
     words = ["--methods", "vq_ema", "--codebook_sizes", "16", "--latent_dims", "4", "--seeds", "0", *flags]
-    process = subprocess.Popen([sys.executable, ROOT / "benchmarks" / "compare.py", *words], cwd=tmp_path)
     folder = tmp_path / "runs" / "vq_ema_dead_leaves_k16_d4_h8b16_e10000_s0"
-    wait_until(lambda: list(folder.glob("checkpoint_epoch_*")))
-    process.kill()
-    process.wait()
+    with subprocess.Popen([sys.executable, ROOT / "benchmarks" / "compare.py", *words], cwd=tmp_path) as process:
+        try:
+            wait_until(lambda: list(folder.glob("checkpoint_epoch_*")))
+        finally:
+            process.kill()
     with open(folder / ".lock") as lock:  # the run holds it
         wait_until(lambda: not is_locked(lock))
 
@@ -95,7 +96,7 @@ def is_locked(file):
     return False
 
 
-def wait_until(condition, seconds=120):
+def wait_until(condition, seconds=600):  # a busy machine takes minutes to start
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

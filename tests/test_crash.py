@@ -112,7 +112,7 @@ def test_a_full_disk_loses_nothing(tiny, tmp_path):
     if subprocess.run([*in_namespace, "mount", "-t", "tmpfs", "none", str(disk)], capture_output=True).returncode:
         pytest.skip("no user namespaces here to mount a small tmpfs in")
     full = subprocess.run([*in_namespace, "sh", "-c", script, "sh", *command, *flags_of({**settings, "out_dir": str(disk)})],
-                          env=environment, capture_output=True, text=True, timeout=600)
+                          env=environment, capture_output=True, text=True, timeout=1800)
     codes = [int(line.split()[1]) for line in full.stdout.splitlines() if line.startswith("exit")]
     assert codes[-1] == 0 and set(codes[:-1]) == {2} and len(codes) > 3, full.stdout + full.stderr
     errors = full.stderr.splitlines()
