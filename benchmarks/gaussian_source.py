@@ -76,7 +76,8 @@ def least_error(variances, bits, latents, factor):
 
 def parse(argv):
     parser = train.Parser(__doc__)
-    parser.add_argument("--codebook_sizes", type=train.several(int), default="512,1024,4096,16384", metavar="K,K")
+    parser.add_argument("--codebook_sizes", type=train.several(int), default="512,1024,4096,16384", metavar="K,K",
+                        help="default 512,1024,4096,16384")
     options, words = parser.parse_known_args(argv)
     if min(options.codebook_sizes) < 2:
         raise vqvae.UserError(f"codebook_sizes: {min(options.codebook_sizes)} must be at least 2")
