@@ -227,7 +227,8 @@ def _checked(field, kind, value):
         value = float(value)
     if type(value) is not kind:
         hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if kind is float and isinstance(value, str) else ""
-        raise UserError(f"{field.name}: expected {kind.__name__}, got {value!r}{hint}")
+        got = repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
+        raise UserError(f"{field.name}: expected {kind.__name__}, got {got}{hint}")
     rule = field.metadata
     if rule["choices"] and value not in rule["choices"]:
         raise UserError(f"{field.name}: {value!r} is not one of {', '.join(map(str, rule['choices']))}")

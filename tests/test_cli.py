@@ -146,7 +146,8 @@ BAD_YAML = {
     "impossible date": "name: 2001-99-99", "digits without a number": "seed: 0x_", "merge": "<<: 3",
     "deep": "[" * 3000, "huge integer": "seed: " + "9" * 400, "huge number": "lr: 1" + "0" * 400,
     "huge negative": "entropy_weight: -1" + "0" * 400, "huge hexadecimal": "epochs: 0x" + "f" * 5000,
-    "number to base 60": "lr: !!float " + ":".join("1" * 300),
+    "number to base 60": "lr: !!float " + ":".join("1" * 300), "long list": "epochs: [" + "1," * 1000 + "]",
+    "huge in a list": "epochs: [0x" + "f" * 5000 + "]", "huge in a mapping": "lr: {a: 0x" + "f" * 5000 + "}",
 }
 
 
