@@ -79,6 +79,16 @@ def test_wasserstein_distance_of_gaussians(tiny_config):
     assert peer.distance(rows).item() == pytest.approx(math.sqrt(squared), rel=1e-3)
 
 
+def test_wasserstein_loss_by_hand(tiny_config):
+    peer = peers.Wasserstein(tiny_config(codebook_size=8, latent_dim=3, commitment_weight=0.5))
+    peer.started.fill_(True)
+    z = torch.randn(4, 3, 2, 2)
+    rows, codes = z.permute(0, 2, 3, 1).reshape(-1, 3), peer.codebook.detach()
+    error = torch.cdist(rows, codes).amin(1).square().mean() / 3
+    assert peer.eval()(z).loss.item() == pytest.approx(1.5 * error.item(), rel=1e-5)
+    assert peer.train()(z).loss.item() == pytest.approx(1.5 * error.item() + 0.02 * peer.distance(rows).item(), rel=1e-5)
+
+
 def test_sq_vae_loss_by_hand(tiny_config):
     peer = peers.SQVAE(tiny_config(codebook_size=2, latent_dim=1))
     with torch.no_grad():

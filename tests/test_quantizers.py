@@ -495,3 +495,15 @@ def test_whole_numbers_as_temperatures_fall_too():
     quantizer = BAQuantizer(4, 2, temperature_start=1, temperature_end=0.01, anneal_fraction=1)
     quantizer.set_progress(0.5)
     assert quantizer.temperature.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("kind, settings", [
+    (VQEMAQuantizer, {"vq_recipe": "classical"}), (VQEMAQuantizer, {"vq_recipe": "tuned"}),
+    (BAQuantizer, {"entropy_weight": 3.0, "temperature_start": 0.5, "temperature_end": 0.05, "anneal_fraction": 0.7,
+                   "ba_iters": 4})])
+def test_a_config_reaches_its_quantizer(kind, settings):
+    common = {"codebook_size": 6, "metric": "cosine", "ema_decay": 0.95, "commitment_weight": 0.3, "restart_threshold": 0.2}
+    name = "vq_ema" if kind is VQEMAQuantizer else "ba_vq"
+    quantizer = vqvae.make_quantizer(vqvae.Config(quantizer=name, latent_dim=5, trellis="4", **common, **settings))
+    assert type(quantizer) is kind and quantizer.dim == 5 and quantizer.trellis
+    assert all(getattr(quantizer, key.removeprefix("vq_")) == value for key, value in {**common, **settings}.items())
