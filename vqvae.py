@@ -1,12 +1,12 @@
-"""Vector-quantised autoencoders whose whole codebook is used.
+"""Vector-quantised autoencoders, and two ways to learn their codebook: VQ-EMA and BA-VQ.
 
     python train.py --quantizer ba_vq  --codebook_size 512 --epochs 30 --batch_size 256 --name ba_vq_k512
     python train.py --quantizer vq_ema --codebook_size 512 --epochs 30 --batch_size 256 --name vq_ema_k512
     torchrun --standalone --nproc_per_node 4 train.py --quantizer ba_vq --name ba_vq_4gpu
 
 One module, in reading order: configuration, networks, the textbook Blahut-Arimoto algorithm,
-the quantizers (VQ-EMA, the baseline; BA-VQ, the streaming Blahut-Arimoto quantizer; prediction for
-either), the autoencoder, data, metrics, run folders and checkpoints, training. CODE_OVERVIEW.md is the guide.
+the quantizers (a trellis for either; VQ-EMA, the baseline; BA-VQ, the streaming Blahut-Arimoto
+quantizer; prediction for either), the autoencoder, data, metrics, run folders and checkpoints, training. CODE_OVERVIEW.md is the guide.
 
 Sources, cited below by name:
     van den Oord 2017   Neural Discrete Representation Learning, arXiv 1711.00937
