@@ -29,6 +29,8 @@ LINES = {"vq_ema": ("--", ":", "-.", "-"), "ba_vq": ("-", "--", ":", "-.")}
 COLUMNS = [("psnr", "PSNR dB", "{:.2f}"), ("ssim", "SSIM", "{:.4f}"), ("perplexity", "perplexity", "{:.1f}"),
            ("perplexity_share", "perp./K", "{:.1%}"), ("usage_rate", "usage", "{:.1%}"),
            ("bits_per_index", "bits/index", "{:.3f}")]
+QUANTIZER = ("quantizer", "vq_recipe", "restart_threshold", "warmup_fraction", "entropy_weight", "temperature_start",
+             "temperature_end", "anneal_fraction", "ba_iters", "ema_decay")  # settings in which runs that are compared may differ
 DIFFERENCES = [("psnr", "PSNR dB", "{:+.3f}"), ("ssim", "SSIM", "{:+.4f}"), ("perplexity", "perplexity", "{:+.1f}"),
                ("usage_rate", "usage", "{:+.1%}"), ("bits_per_index", "bits/index", "{:+.3f}")]
 
@@ -95,8 +97,7 @@ def _key(record, *without):
 
 def _setting(record, *without):
     """What two runs must share to be compared: everything but the quantizer's own settings."""
-    return _key(record, "quantizer", "vq_recipe", "restart_threshold", "warmup_fraction", "entropy_weight", "temperature_start",
-                "temperature_end", "anneal_fraction", "ba_iters", "ema_decay", *without)
+    return _key(record, *QUANTIZER, *without)
 
 
 def _groups(records, key):
@@ -139,18 +140,18 @@ def table(records, sort_by="name", descending=False):
     if sort_by == "config" or not any(sort_by in record or sort_by in record["config"] for record in records):
         raise vqvae.UserError(f"sort_by: no metric or setting is called {sort_by!r}; final_metrics.json has their names")
     records = sorted(records, key=lambda record: _sort_value(record, sort_by), reverse=descending)
-    lines = _aligned([["run", "method", "K", "D", "seed", *(title for _, title, _ in COLUMNS)]] + [
+    lines = aligned([["run", "method", "K", "D", "seed", *(title for _, title, _ in COLUMNS)]] + [
         [record["name"], record["method"], *(str(record["config"][key]) for key in ("codebook_size", "latent_dim", "seed")),
          *_cells(record, COLUMNS)] for record in records])
     pairs = _pairs(records)
     if pairs:
         lines += ["", "BA-VQ over VQ-EMA:"]
-        lines += _aligned([["runs", *(title for _, title, _ in DIFFERENCES)]] + [
+        lines += aligned([["runs", *(title for _, title, _ in DIFFERENCES)]] + [
             [f"{ba['name']} - {ema['name']}", *_cells(_change(ba, ema), DIFFERENCES)] for ba, ema in pairs])
     return "\n".join(lines)
 
 
-def _aligned(rows):
+def aligned(rows):
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) if i < 1 else cell.rjust(width)
                       for i, (cell, width) in enumerate(zip(row, widths))) for row in rows]
@@ -167,16 +168,17 @@ def over_seeds(records):
     for group, setting in zip(groups, settings):
         rows.append([group[0]["method"], *(str(setting.get(key)) for key in ("codebook_size", "latent_dim", *varied)),
                      str(len(group)), *_spreads(group, COLUMNS)])
-    lines = _aligned(rows)
+    lines = aligned(rows)
     pairs = _groups(_pairs(records), lambda pair: (_key(pair[0], "seed"), _key(pair[1], "seed")))
     if pairs:
-        rows = [["BA-VQ over VQ-EMA", "K", "D", "seeds", *(title for _, title, _ in DIFFERENCES)]]
+        rows = [["BA-VQ over VQ-EMA", "K", "D", *varied, "seeds", *(title for _, title, _ in DIFFERENCES)]]
         for group in pairs:
             ba, ema = group[0]
-            rows.append([f"{ba['method']} - {ema['method']}", str(ba["config"]["codebook_size"]),
-                         str(ba["config"]["latent_dim"]), str(len(group)),
+            setting = identity(ba)
+            rows.append([f"{ba['method']} - {ema['method']}",
+                         *(str(setting.get(key)) for key in ("codebook_size", "latent_dim", *varied)), str(len(group)),
                          *_spreads([_change(*pair) for pair in group], DIFFERENCES)])
-        lines += ["", *_aligned(rows)]
+        lines += ["", *aligned(rows)]
     return "\n".join(lines)
 
 

@@ -27,6 +27,7 @@ import torch
 from cleanfid.resize import build_resizer
 from tqdm import tqdm
 
+import analysis
 import train
 import vqvae
 
@@ -215,9 +216,7 @@ def print_table(rows):
     lines = [["checkpoint", *columns]]
     lines += [[row["checkpoint"], *(format(row[key], form) if key in row else "-" for key, form in columns.items())]
               for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+    print("\n".join(analysis.aligned(lines)))
 
 
 def main(argv=None):

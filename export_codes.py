@@ -115,8 +115,12 @@ def parse(argv):
 
 def main(argv=None):
     options = parse(argv)
+    checkpoint = Path(options.checkpoint)
+    read = {checkpoint, checkpoint / "final_model.pt", *([Path(options.input)] if options.command == "decode" else [])}
+    if Path(options.output).resolve() in {path.resolve() for path in read}:
+        raise vqvae.UserError(f"output: {options.output} is read, too, and would be lost; choose another file")
     device, _ = vqvae.pick_device(options.device)
-    model, config = vqvae.load_model(options.checkpoint, device)
+    model, config = vqvae.load_model(checkpoint, device)
     options.function(options, model, config)
 
 

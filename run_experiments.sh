@@ -19,7 +19,7 @@ report() {
     exit "$1"
   fi
 }
-trap 'echo "stopped; run ./run_experiments.sh again to continue" >&2; report 130; exit 130' INT
+trap 'echo "stopped; run ./run_experiments.sh again, without --overwrite, to continue" >&2; report 130; exit 130' INT
 for codebook_size in 256 512; do
   for quantizer in vq_ema ba_vq; do
     name=${quantizer}_k${codebook_size}

@@ -78,6 +78,8 @@ class Sweep:
                     return f"timeout after {self.timeout:g} s"
                 finally:
                     self.processes.discard(process)
+            if code == 2:  # one line says why: bad input, say, or another process is training this run
+                return log.read_text(errors="replace").rstrip().split("\n")[-1]
             return "finished" if code == 0 else f"exit code {code}"
         except OSError as error:
             return f"could not start: {error}"
@@ -135,6 +137,7 @@ def main(argv=None):
         raise vqvae.UserError(f"{out_dir}: cannot write here ({error.strerror}); choose another --out_dir") from error
     sweep = Sweep((options.gpus.split(",") if options.gpus else [None]) * options.jobs, options.timeout)
     began, status = time.time(), {}
+    same = "the same command" + (" without --overwrite" if any(config.overwrite for config in configs.values()) else "")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with concurrent.futures.ThreadPoolExecutor(len(runs)) as pool:
         futures = {pool.submit(sweep.run, flags, out_dir / f"{name}.log"): name for name, flags in runs.items()}
@@ -145,7 +148,7 @@ def main(argv=None):
                 print(f"[{len(status)}/{len(runs)}] {name}: {status[name]} ({time.time() - began:.0f} s)", flush=True)
         except KeyboardInterrupt:
             sweep.stop()
-            print("stopping: runs save where they are; the same command continues", file=sys.stderr)
+            print(f"stopping: runs save where they are; {same} continues", file=sys.stderr)
             return 130
 
     finished = [name for name in runs if status[name] == "finished"]
@@ -158,7 +161,7 @@ def main(argv=None):
         vqvae.write_figure(out_dir / "summary.png", analysis.size_picture(records))
     failed = [name for name in runs if status[name] != "finished"]
     if failed:
-        print(f"failed: {', '.join(failed)}; see {out_dir}/NAME.log, then run the same command again", file=sys.stderr)
+        print(f"failed: {', '.join(failed)}; see {out_dir}/NAME.log, then run {same} again", file=sys.stderr)
     return 1 if failed else 0
 
 

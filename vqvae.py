@@ -4,9 +4,9 @@
     python train.py --quantizer vq_ema --codebook_size 512 --epochs 30 --batch_size 256 --name vq_ema_k512
     torchrun --standalone --nproc_per_node 4 train.py --quantizer ba_vq --name ba_vq_4gpu
 
-One module, in reading order: configuration, networks, the textbook Blahut-Arimoto algorithm,
-the quantizers (a trellis for either; VQ-EMA, the baseline; BA-VQ, the streaming Blahut-Arimoto
-quantizer; prediction for either), the autoencoder, data, metrics, run folders and checkpoints, training. CODE_OVERVIEW.md is the guide.
+One module, in reading order: configuration, networks, the textbook Blahut-Arimoto algorithm, the quantizers (a trellis
+for either; VQ-EMA, the baseline; BA-VQ, the streaming Blahut-Arimoto quantizer; prediction for either), the autoencoder,
+data, metrics, run folders and checkpoints, training. CODE_OVERVIEW.md is the guide.
 
 Sources, cited below by name:
     van den Oord 2017   Neural Discrete Representation Learning, arXiv 1711.00937
@@ -169,6 +169,8 @@ class Config:
             raise UserError(f"name: {self.name!r} must be letters, digits, '.', '_' and '-', the first a letter or digit")
         if self.dataset == "cifar10" and self.image_size != 32:
             raise UserError(f"image_size: cifar10 images are 32 pixels, not {self.image_size}; drop the setting")
+        if self.dataset == "folder":  # the images are what the run is of, wherever it is continued from
+            object.__setattr__(self, "data_dir", str(Path(self.data_dir).resolve()))
         if self.image_size % self.downsample:
             raise UserError(f"image_size: {self.image_size} is not divisible by downsample {self.downsample}")
         if self.metric == "cosine" and self.latent_dim == 1:
@@ -582,7 +584,8 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     """
     log_kq = (q * len(q)).clamp_min(1e-12).log()  # (K,)
     if entropy_weight > 1e30:  # inf, or near what float32 holds
-        return log_w - step / sensitivity * log_kq
+        moved = log_w - step / sensitivity * log_kq
+        return moved - moved.mean()  # nothing depends on the mean, but it would grow without end: that of log_kq is below 0
     slope = 1 + max(0.0, entropy_weight - 1) * sensitivity  # of log w - target in log w, through q
     return log_w + step / slope * ((1 - entropy_weight) * log_kq - log_w)
 
@@ -1503,8 +1506,8 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def codebook_metrics(histogram: torch.Tensor, codebook_size: int) -> dict[str, float]:
     """Perplexity, usage and bits per index of a code histogram (codes,), or of one for each half of the latents, (2, codes).
 
-    codebook_size K: values of an index, as many as codes or, with a trellis, half as many. The entropy is conditional on the
-    half and, with a trellis, on the bit before, which says whether the subset is odd.
+    codebook_size K: values of an index, as many as codes or, with a trellis, half as many. The entropy is that of the code's
+    number, given the half and, with a trellis, the bit before, which says whether the subset is odd: K codes are left.
     """
     trellis = histogram.shape[-1] != codebook_size
     histogram = histogram.cpu().double()  # Apple GPUs have no float64
@@ -1750,10 +1753,8 @@ def stored_config(values: dict) -> Config:
 
 def identity(config: Config) -> dict:
     """The settings that decide a run's result (not where it runs or writes); a folder of images is one."""
-    own = {key: value for key, value in config.to_dict().items() if key not in NOT_IDENTITY}
-    if config.dataset == "folder":
-        own["data_dir"] = str(Path(config.data_dir).resolve())
-    return own
+    without = NOT_IDENTITY - {"data_dir"} if config.dataset == "folder" else NOT_IDENTITY
+    return {key: value for key, value in config.to_dict().items() if key not in without}
 
 
 def check_run_folder(config):
@@ -2325,6 +2326,9 @@ def run_command(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # nobody reads standard output any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 128 + signal.SIGPIPE
     except (MemoryError, RuntimeError) as error:
         reason = str(error).replace("\n", " ").split(". ")[0]
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import analysis
 import peers
+import quantizer_step
 import train
 import vqvae
 
@@ -85,7 +86,7 @@ CURVES = {("none", "none"): dict(color="#0072B2", label="BA-VQ over λ"),  # (pr
           ("none", "4"): dict(color="#8C564B", label="BA-VQ over λ, trellis"),
           ("checkerboard", "4"): dict(color="#7B1FA2", label="BA-VQ over λ, prediction and trellis")}
 REFERENCE = "vq_ema"  # differences are taken to this method, seed by seed
-SHARED = ("train_subset", "test_subset", "val_size", "image_size", "downsample", "lr")  # within a table
+OF_METHODS = {*analysis.QUANTIZER, "prediction", "trellis", "commitment_weight", "seed"}  # may differ within a table
 
 
 def run_name(method, size, dim, seed, config):
@@ -125,8 +126,8 @@ def run(method, size, dim, seed, extra, threads):
         metrics.update({f"refined_{key}": refined[key] for key in ("psnr", "perplexity", "usage_rate")})
     timing = [json.loads(line) for line in (Path(config.out_dir) / name / "timing.jsonl").read_text().splitlines()]
     command = f"python benchmarks/compare.py --methods {method} --codebook_sizes {size} --latent_dims {dim} --seeds {seed}"
-    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
-    versions = {"torch": torch.__version__, **gpu}
+    precision = str(vqvae.pick_precision(config.precision, device)[0])[6:]
+    versions = {**quantizer_step.machine(device), "precision": precision}  # they move a run by some 0.01 dB
     if method.startswith("lib_"):
         versions["vector_quantize_pytorch"] = importlib.metadata.version("vector-quantize-pytorch")
     vqvae.write_json(target, {"method": method, "command": " ".join([command, *extra]), **versions,
@@ -151,7 +152,7 @@ def table_of(config):
 
 
 def check_tables(runs):
-    """Raise UserError where runs of a table differ in SHARED, or those of a method in more than the seed.
+    """Raise UserError where runs of a table differ in more than OF_METHODS, or those of a method in more than the seed.
 
     runs: (name, method, config as a dict) of each.
     """
@@ -159,8 +160,8 @@ def check_tables(runs):
     for run, method, config in runs:
         table = first.setdefault(table_of(config), config)
         row = first_of_method.setdefault((*table_of(config), method), config)
-        own = [name for name in vqvae.identity(vqvae.Config.from_dict(config)) if name != "seed"]
-        for name, expected in [*((name, table[name]) for name in SHARED), *((name, row[name]) for name in own)]:
+        for name in vqvae.identity(vqvae.Config.from_dict(config)):
+            expected = (config if name == "seed" else row if name in OF_METHODS else table)[name]
             if config[name] != expected:
                 raise vqvae.UserError(f"{run}: {name} {config[name]}, but {expected} in other runs of its table; "
                                       "move those of one of the two out of results/compare/")
@@ -190,10 +191,13 @@ def difference(runs, reference, key, form="{:+.3f}"):
     """(mean and spread of a metric's difference over the seeds that both have, p of a paired t-test from three on), as text."""
     deltas = [runs[seed][key] - reference[seed][key] for seed in sorted(set(runs) & set(reference))
               if key in runs[seed] and key in reference[seed]]  # no SSIM below 11 pixels
-    if len(deltas) < 3:
-        return analysis.spread(deltas, form) if deltas else "", ""
+    if not deltas:
+        return "", ""
+    text = analysis.spread(deltas, form) + (f" ({len(deltas)} of {len(runs)})" if len(deltas) < len(runs) else "")
+    if len(set(deltas)) < 3:  # fewer seeds, or runs that are the same, which have no spread to test against
+        return text, ""
     p = scipy.stats.ttest_1samp(deltas, 0).pvalue
-    return analysis.spread(deltas, form), "<0.001" if p < 0.001 else f"{p:.3f}"
+    return text, "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def summary():

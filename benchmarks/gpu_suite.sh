@@ -62,13 +62,24 @@ run_step() {
   esac
 }
 
+# A step runs in the background and in a group of its own (timeout's), so that a signal ends it with all that it has started.
+stop() {
+  kill -TERM "$running" 2>/dev/null
+  wait "$running"
+  echo "stopped; the same command continues" >&2
+  exit 130
+}
+running=
+trap stop INT TERM
 failed=0
 for step in "${steps[@]}"; do
   if [ -f "$out/$step.md" ]; then echo "== $step: done before"; continue; fi
   echo "== $step"
   began=$SECONDS
-  if timeout 600 bash -c "$(declare -f run_step); $(declare -p python interpret sizes network sweep large large_sizes jobs seeds scaling); run_step $step" \
-      | tee "$out/$step.log"; then  # progress is on standard error
+  settings=$(declare -f run_step; declare -p python interpret sizes network sweep large large_sizes jobs seeds scaling out)
+  timeout 600 bash -c "$settings; set -o pipefail; run_step $step | tee $out/$step.log" &  # progress is on standard error
+  running=$!
+  if wait $running; then
     { echo "## $step, $((SECONDS - began)) s"; echo; cat "$out/$step.log"; echo; } > "$out/$step.md"
   else
     echo "== $step failed or ran past ten minutes; the same command continues it" >&2

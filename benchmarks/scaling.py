@@ -144,7 +144,7 @@ def summary():
              "peak in the first step. The floor is that of a BA-VQ step (`quantizer_step.py`). One run: a single point may",
              "differ by up to two times in the next, so the exponents, above all those of two points, are rough.", ""]
     for path in sorted(RESULTS.glob("scaling_*.json")):
-        stored = json.loads(path.read_text())
+        stored = vqvae.read_json(path)
         machine, methods, base = stored["machine"], stored["methods"], stored["base"]
         lines += [f"## {machine['device']}", "", f"torch {machine['torch']}, {machine['threads']} threads; "
                   f"{quantizer_step.rates_line(stored['rates'])}.", ""]
@@ -164,7 +164,7 @@ def parse(argv):
     parser.add_argument("--max_processes", type=train.whole(1), default=2, metavar="P", help="1, 2, 4, ... up to P (default 2)")
     parser.add_argument("--rounds", type=train.whole(1), default=5, metavar="N", help="timed steps per point (default 5)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--tiny", action="store_true", help="rehearsal with tiny sizes")
+    parser.add_argument("--tiny", action="store_true", help="rehearsal with tiny sizes, of which nothing is stored")
     parser.add_argument("--summary", action="store_true", help="only write results/scaling.md")
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)  # in the fresh process
     options = parser.parse_args(argv)
@@ -198,10 +198,12 @@ def main(argv=None):
                 shown = " ".join(f"{name}={point[name]}" for name in ("K", "D", "N", "processes"))
                 print(f"[{done}/{total}] {shown} {point['method']}: {records[what][-1]['seconds'] * 1e3:.3g} ms "
                       f"({time.time() - began:.0f} s)", file=sys.stderr, flush=True)
+        if options.tiny:
+            return
         RESULTS.mkdir(parents=True, exist_ok=True)
         vqvae.write_json(RESULTS / f"scaling_{device.type}.json", {
             "machine": quantizer_step.machine(device), "rates": quantizer_step.machine_rates(device), "methods": options.methods,
-            "base": TINY_BASE if options.tiny else BASE, "argv": argv or sys.argv[1:], "records": records})
+            "base": BASE, "argv": argv or sys.argv[1:], "records": records})
     vqvae.write_text(RESULTS.parent / "scaling.md", summary())
     print("wrote results/scaling.md")
 

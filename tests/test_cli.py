@@ -365,6 +365,21 @@ def test_ctrl_c_and_a_second_run_of_that_name(tiny, tiny_config, tmp_path):
                for path in vqvae.checkpoints(tmp_path / "experiments" / "tiny"))
 
 
+def test_a_reader_that_leaves_ends_a_run_without_a_traceback(tiny, tmp_path):
+    flags = [w for k, v in tiny(epochs=10_000).items() for w in (f"--{k}", str(v))]
+    with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            next(line for line in process.stdout if line.startswith("epoch 2/"))
+            process.stdout.close()  # as `| head` does
+            err = process.stderr.read()
+            process.wait(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + 13 and not err  # as a program that SIGPIPE has ended
+    assert vqvae.checkpoints(tmp_path / "experiments" / "tiny")
+
+
 def test_ctrl_c_outside_training_is_one_line(capsys):
     def interrupted():
         raise KeyboardInterrupt

@@ -110,6 +110,13 @@ def test_tables_of_unequal_settings_are_refused(results, tiny_config):
     with pytest.raises(vqvae.UserError, match="vq_ema.json: lr 0.001, but 0.002 in other runs"):
         compare.summary()
     (results / "vq_ema.json").unlink()
+    for name, folder in (("a", "/one"), ("b", "/two")):  # any setting that is not of the methods, as here where the images are
+        config = tiny_config(dataset="folder", data_dir=folder, entropy_weight=1.0 if name == "a" else 10.0).to_dict()
+        (results / f"{name}.json").write_text(json.dumps({"method": name, "seed": 0, "config": config}))
+    with pytest.raises(vqvae.UserError, match="b.json: data_dir /two, but /one in other runs"):
+        compare.summary()
+    for name in "ab":
+        (results / f"{name}.json").unlink()
     words = ["--methods", "vq_ema", "--codebook_sizes", "16", "--latent_dims", "4", "--dataset", "dead_leaves",
              "--image_size", "16", "--hidden_dim", "8", "--batch_size", "16", "--epochs", "2"]
     with pytest.raises(vqvae.UserError, match="vq_ema_dead_leaves_k16.*: train_subset None, but 96 in other runs"):
@@ -168,6 +175,9 @@ def test_summary_by_hand(results, tiny_config):
     assert "| two_seeds | 2 | 20.70 ± 0.71 | 8.0 ± 0.0 | 50.0% | 100.00% | +0.200 ± 0.000 |  |" in text
     steady, = [line.split(" | ") for line in text.splitlines() if "steady" in line]
     assert steady[6:8] == ["+0.200 ± 0.000", "<0.001"] and steady[10:12] == ["", ""]
+    runs = {seed: {"psnr": 20.0 + seed} for seed in range(4)}
+    assert compare.difference(runs, runs, "psnr") == ("+0.000 ± 0.000", "")  # no spread to test against
+    assert compare.difference(runs, {1: {"psnr": 20.5}, 7: {"psnr": 1.0}}, "psnr") == ("+0.500 (1 of 4)", "")
 
 
 @pytest.mark.parametrize("words", [["--methods", "magic"], ["--seeds", "x"], ["--codebook_sizes", "512,"], ["--lr", "fast"],

@@ -111,6 +111,9 @@ def test_over_seeds_shows_mean_and_deviation(tiny_config):
 def test_over_seeds_tells_settings_apart(tiny_config):
     lines = analysis.over_seeds([made_up(tiny_config(lr=lr)) for lr in (0.001, 0.002)]).splitlines()
     assert "lr" in lines[0].split() and "0.001" in lines[1] and "0.002" in lines[2]
+    lines = analysis.over_seeds([made_up(tiny_config(lr=lr, quantizer=quantizer)) for lr in (0.001, 0.002)
+                                 for quantizer in ("ba_vq", "vq_ema")]).splitlines()
+    assert "lr" in lines[-3].split() and "0.001" in lines[-2] and "0.002" in lines[-1]  # the differences, too
 
 
 def test_the_table_is_sortable(tiny_config):

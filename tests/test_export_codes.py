@@ -33,6 +33,20 @@ def test_round_trip_through_files(checkpoint, tmp_path, capsys):
     assert "bits per pixel: 0.2500 at fixed length" in out  # 4 bits for each of 16 indices over 256 pixels
 
 
+def test_what_is_read_is_not_written_over(checkpoint, tmp_path, capsys):
+    codes = tmp_path / "codes.npz"
+    assert not run("encode", "--checkpoint", checkpoint, "--output", codes)
+    before = checkpoint.read_bytes(), codes.read_bytes()
+    (tmp_path / "link").symlink_to(checkpoint.parent)
+    for words in (("encode", "--output", checkpoint), ("encode", "--output", tmp_path / "link" / checkpoint.name),
+                  ("decode", "--input", codes, "--output", codes)):
+        for given in (checkpoint, checkpoint.parent):
+            capsys.readouterr()
+            assert run(*words, "--checkpoint", given) == 2
+            assert "choose another file" in capsys.readouterr().err
+    assert (checkpoint.read_bytes(), codes.read_bytes()) == before
+
+
 @pytest.mark.parametrize("split, count", [("train", 96), ("val", 100)])
 def test_other_splits(checkpoint, tmp_path, split, count):
     assert not run("encode", "--checkpoint", checkpoint, "--output", tmp_path / "c.npz", "--split", split)

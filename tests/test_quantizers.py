@@ -122,7 +122,15 @@ def test_a_huge_lambda_is_infinite(entropy_weight):
     log_w, q = torch.randn(9), torch.rand(9).softmax(0)
     sensitivity = torch.tensor(0.3)
     expected = prior_step(log_w, q, math.inf, 0.5, sensitivity)
-    assert torch.allclose(prior_step(log_w, q, entropy_weight, 0.5, sensitivity), expected, atol=1e-6)
+    got = prior_step(log_w, q, entropy_weight, 0.5, sensitivity)
+    assert torch.allclose(got - got.mean(), expected, atol=1e-6)  # weights are proportions
+
+
+def test_the_prior_of_lambda_infinity_does_not_drift():
+    log_w, q = torch.randn(9), torch.rand(9).softmax(0)
+    for _ in range(1000):
+        log_w = prior_step(log_w, q, math.inf, 0.01)
+    assert abs(log_w.mean()) < 1e-4 and log_w.std() > 1
 
 
 def test_vq_ema_update_equals_an_independent_reference():
@@ -294,6 +302,21 @@ def test_initial_codes_are_all_different(k):
     for quantizer in (VQEMAQuantizer(k, 4), BAQuantizer(k, 4)):
         quantizer.initialize(z)
         assert len(quantizer.codebook.unique(dim=0)) == k
+
+
+def test_a_restarted_code_has_the_average_prior():
+    quantizer = BAQuantizer(8, 2).train()
+    z = torch.randn(200, 2)
+    quantizer(z)
+    quantizer.log_w.copy_(torch.arange(8.0))
+    quantizer.ema[0] = 0
+    quantizer.update(z, quantizer.ema.clone())
+    assert quantizer.log_w.tolist() == [3.5, *range(1, 8)]
+
+
+def test_the_size_of_a_cell_before_there_are_codes():
+    z = torch.randn(200_000, 2)  # variance 2 in 2 dimensions: 2 * 64^(-2/2)
+    assert BAQuantizer(64, 2)._expected_distortion(z).item() == pytest.approx(2 / 64, rel=0.01)
 
 
 def test_codes_that_restart_together_are_all_different():

@@ -122,8 +122,8 @@ def test_a_failing_run_does_not_stop_the_others_and_only_it_is_repeated(script, 
     code, out, err = script("run_gpu_experiments.py", *words)
     summary = json.loads((folder / "gpu_run_summary.json").read_text())
     assert code == 1 and "failed: gpu_vq_ema_k256_cosine" in err
-    assert summary["status"] == {"gpu_vq_ema_k256_cosine": "exit code 2", "gpu_ba_vq_k256_cosine": "finished"}
-    assert "not a run" in (folder / "gpu_vq_ema_k256_cosine.log").read_text()
+    assert summary["status"]["gpu_ba_vq_k256_cosine"] == "finished"
+    assert "gpu_vq_ema_k256_cosine: exists and is not a run of this project" in summary["status"]["gpu_vq_ema_k256_cosine"]
     (taken / "foreign.txt").unlink()
     before = (folder / "gpu_ba_vq_k256_cosine" / "final_model.pt").stat().st_mtime_ns
     assert script("run_gpu_experiments.py", *words)[0] == 0
@@ -253,6 +253,26 @@ def test_extended_runs(script, tmp_path):
     failing = subprocess.run(["bash", "run_experiments.sh", "--lr", "fast"], cwd=tmp_path, capture_output=True, text=True,
                              env={**os.environ, "PYTHON": sys.executable})
     assert failing.returncode == 1 and "failed: vq_ema_k256 ba_vq_k256 vq_ema_k512 ba_vq_k512" in failing.stderr
+
+
+def test_ctrl_c_ends_the_gpu_suite_and_what_it_has_started(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "gpu_suite.sh").write_text((ROOT / "benchmarks" / "gpu_suite.sh").read_text())
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho $$ >> {tmp_path}/started\nsleep 60\n')
+    python.chmod(0o755)
+    command = ["bash", str(tmp_path / "benchmarks" / "gpu_suite.sh")]
+    with subprocess.Popen(command, env={**os.environ, "PYTHON": str(python), "SMALL": ""}, stderr=subprocess.PIPE, text=True,
+                          stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.time() + 60
+        while time.time() < deadline and not ((tmp_path / "started").exists() and (tmp_path / "started").read_text()):
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the same command continues" in err
+    started, = (tmp_path / "started").read_text().split()  # no other step began
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started), 0)
 
 
 @pytest.mark.parametrize("word", ["--name=x", "--quantizer", "--codebook_size"])

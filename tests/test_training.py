@@ -49,6 +49,47 @@ def test_a_run_leaves_every_artefact(tiny_config, capsys):
     assert "epoch 2/2" in printed and "img/s" in printed and "device: cpu" in printed
 
 
+def test_each_step_has_its_images_learning_rate_and_temperature(tiny_config, monkeypatch):
+    config, seen, real = tiny_config(epochs=3, warmup_fraction=0.5), [], vqvae.train_step
+
+    def watched(model, optimizer, x, dtype, quantize=True):
+        seen.append((x.clone(), optimizer.param_groups[0]["lr"], model.quantizer.first.temperature.item(), quantize))
+        return real(model, optimizer, x, dtype, quantize)
+
+    monkeypatch.setattr(vqvae, "train_step", watched)
+    vqvae.train(config)
+    images, steps, quantizer = vqvae.training_images(config)[0], 18, vqvae.BAQuantizer(16, 4)
+    assert len(seen) == steps and len(images) == 96
+    for step, (x, rate, temperature, quantize) in enumerate(seen):
+        epoch, first = step // 6, step % 6 * 16
+        assert torch.equal(x, vqvae.to_float(images[vqvae.epoch_order(96, config.seed, epoch)[first:first + 16]]))
+        quantizer.set_progress(max(0, step - 9) / 9)
+        assert temperature == quantizer.temperature.item() and rate == vqvae.learning_rate(step, steps, config.lr)
+        assert quantize == (step >= 9)
+
+
+def test_the_reconstruction_loss_has_its_weight(tiny_config):
+    model = vqvae.make_model(tiny_config()).train()
+    bias, x = model.decoder[-2].bias, torch.rand(4, 3, 16, 16)
+    gradient, = torch.autograd.grad(torch.nn.functional.mse_loss(model(x, False).images, x), bias)
+    before = bias.detach().clone()
+    vqvae.train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), x, torch.float32, quantize=False)
+    assert torch.allclose(before - bias, vqvae.RECON_WEIGHT * gradient, rtol=1e-3, atol=1e-7)
+
+
+def test_metrics_of_a_run_are_of_the_images_that_they_name(tiny_config):
+    config = tiny_config()
+    metrics = vqvae.train(config)
+    model, _ = vqvae.load_model(vqvae.Path(config.out_dir) / "tiny")
+    on_train = vqvae.codebook_metrics(vqvae.code_histogram(model, vqvae.training_images(config)[0], 16), 16)
+    assert metrics["perplexity_train"] == on_train["perplexity"] != metrics["perplexity"]
+    assert metrics["usage_rate_train"] == on_train["usage_rate"]
+    with torch.no_grad():
+        z = model.latents(vqvae.to_float(vqvae.test_images(config)))  # (40, 4, 4, 4)
+        squared = (z - model.quantizer(z).z_q).square().sum(1)
+    assert metrics["quantization_error"] == pytest.approx(squared.mean().item(), rel=1e-5)
+
+
 def test_final_model_loads_alone(tiny_config):
     config = tiny_config()
     metrics = vqvae.train(config)
@@ -568,9 +609,16 @@ def test_overwrite_deletes_only_what_a_run_writes(tiny_config, tmp_path):
     assert "overwrite: false" in (folder / "config.yaml").read_text()  # the stored config can be used again
 
 
-def test_another_image_folder_is_another_run(tmp_path, tiny_config):
+def test_another_image_folder_is_another_run(tmp_path, tiny_config, monkeypatch):
     one, two = (tiny_config(dataset="folder", data_dir=str(tmp_path / name)) for name in "ab")
     assert vqvae.identity(one) != vqvae.identity(two)
+    for name in "ab":  # the same words, said in another folder
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    stored = tiny_config(dataset="folder", data_dir="images").to_dict()
+    monkeypatch.chdir(tmp_path / "b")
+    assert stored["data_dir"] == str(tmp_path / "a" / "images")
+    assert vqvae.identity(vqvae.Config.from_dict(stored)) != vqvae.identity(tiny_config(dataset="folder", data_dir="images"))
     assert vqvae.identity(tiny_config(data_dir="a")) == vqvae.identity(tiny_config(data_dir="b"))
 
 
