@@ -499,6 +499,30 @@ def test_two_processes_equal_one(tiny, tmp_path, quantizer):
     assert first["train_perplexity"] == pytest.approx(second["train_perplexity"], rel=0.02)
 
 
+STOPPED = """
+import json, sys, vqvae
+if len(sys.argv) > 2:
+    vqvae._Signals.agreed = lambda self, step: 15 if step == int(sys.argv[2]) else None
+sys.exit(vqvae.run_command(lambda: print(vqvae.train(vqvae.Config(**json.loads(sys.argv[1]))))))
+"""
+
+
+def test_two_processes_resume_bit_for_bit(tiny, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(STOPPED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    for name, stop in (("whole", []), ("parts", ["8"]), ("parts", [])):  # the second of six steps in epoch 2
+        done = subprocess.run([*launcher, json.dumps(tiny(name=name)), *stop], timeout=300, capture_output=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        assert (done.returncode == 0) == (not stop), done.stderr
+    whole, parts = (tmp_path / "experiments" / name for name in ("whole", "parts"))
+    assert same_weights(final_state(whole), final_state(parts))
+    one, two = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (whole, parts))
+    assert len(one) == len(two) == 2
+    for first, second in zip(one, two):  # the codes and losses of both processes, each counted once
+        assert first == pytest.approx(second, rel=1e-5)
+
+
 ONE_STEP = """
 import sys, torch, vqvae
 
