@@ -174,10 +174,9 @@ def over_seeds(records):
         rows = [["BA-VQ over VQ-EMA", "K", "D", *varied, "seeds", *(title for _, title, _ in DIFFERENCES)]]
         for group in pairs:
             ba, ema = group[0]
-            setting = identity(ba)
-            rows.append([f"{ba['method']} - {ema['method']}",
-                         *(str(setting.get(key)) for key in ("codebook_size", "latent_dim", *varied)), str(len(group)),
-                         *_spreads([_change(*pair) for pair in group], DIFFERENCES)])
+            values = [[str(identity(run).get(key)) for run in (ba, ema)] for key in ("codebook_size", "latent_dim", *varied)]
+            rows.append([f"{ba['method']} - {ema['method']}", *(" - ".join(dict.fromkeys(both)) for both in values),
+                         str(len(group)), *_spreads([_change(*pair) for pair in group], DIFFERENCES)])
         lines += ["", *aligned(rows)]
     return "\n".join(lines)
 

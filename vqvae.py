@@ -297,9 +297,14 @@ def broadcast(tensor):
 
 
 def say(message):
-    """A line on standard output, from the first process only."""
-    if rank() == 0:
+    """A line on standard output, from the first process only. Raises Interrupted where nobody reads it, as after `| head`."""
+    if rank() != 0:
+        return
+    try:
         print(message, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of the same when it ends
+        raise Interrupted("stopped, since nobody reads the output; the same command resumes", signal.SIGPIPE) from None
 
 
 def pick_device(device: str = "auto") -> tuple[torch.device, str]:
@@ -2326,9 +2331,6 @@ def run_command(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # nobody reads standard output any more, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
-        return 128 + signal.SIGPIPE
     except (MemoryError, RuntimeError) as error:
         reason = str(error).replace("\n", " ").split(". ")[0]
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -194,7 +194,7 @@ def difference(runs, reference, key, form="{:+.3f}"):
     if not deltas:
         return "", ""
     text = analysis.spread(deltas, form) + (f" ({len(deltas)} of {len(runs)})" if len(deltas) < len(runs) else "")
-    if len(set(deltas)) < 3:  # fewer seeds, or runs that are the same, which have no spread to test against
+    if len(deltas) < 3 or len(set(deltas)) == 1:  # runs that are the same have no spread to test against
         return text, ""
     p = scipy.stats.ttest_1samp(deltas, 0).pvalue
     return text, "<0.001" if p < 0.001 else f"{p:.3f}"
@@ -206,8 +206,9 @@ def summary():
              "Test set, hard indices, eval mode; mean ± standard deviation over seeds. ΔPSNR is the mean difference to",
              f"`{REFERENCE}` (tuned) over paired seeds, p the two-sided paired t-test of it, from three seeds on; per image and",
              "SSIM: the same for the mean of the images' PSNR, where quiet images count for more, and for SSIM. Refined: the",
-             f"same models, their codes improved by {REFINE} passes through the decoder (VQVAE.refined). Made by",
-             "`python benchmarks/compare.py --summary` from `results/compare/*.json`; each file holds its command.", ""]
+             f"same models, their codes improved by {REFINE} passes through the decoder (VQVAE.refined). (1 of 3): one of the",
+             "three seeds has it. Made by `python benchmarks/compare.py --summary` from `results/compare/*.json`; each holds its",
+             "command.", ""]
     for (dataset, size, dim, hidden, blocks, batch, epochs), methods in sorted(load_results().items()):
         depth = "" if blocks == 2 else f", {blocks} residual blocks"
         lines += [f"## {dataset}, K={size}, D={dim}, hidden {hidden}{depth}, batch {batch}, {epochs} epochs", "",

@@ -63,9 +63,11 @@ run_step() {
 }
 
 # A step runs in the background and in a group of its own (timeout's), so that a signal ends it with all that it has started.
+group_has_ended() { while kill -0 -- "-$running" 2>/dev/null; do sleep 0.1; done; }  # what it runs may be saving still
 stop() {
   kill -TERM "$running" 2>/dev/null
   wait "$running"
+  group_has_ended
   echo "stopped; the same command continues" >&2
   exit 130
 }
@@ -77,11 +79,12 @@ for step in "${steps[@]}"; do
   echo "== $step"
   began=$SECONDS
   settings=$(declare -f run_step; declare -p python interpret sizes network sweep large large_sizes jobs seeds scaling out)
-  timeout 600 bash -c "$settings; set -o pipefail; run_step $step | tee $out/$step.log" &  # progress is on standard error
+  timeout 600 bash -c "$settings; set -o pipefail; run_step $step | (trap '' TERM; tee $out/$step.log)" &  # progress is on standard error
   running=$!
   if wait $running; then
     { echo "## $step, $((SECONDS - began)) s"; echo; cat "$out/$step.log"; echo; } > "$out/$step.md"
   else
+    group_has_ended
     echo "== $step failed or ran past ten minutes; the same command continues it" >&2
     failed=1
   fi

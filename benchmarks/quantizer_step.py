@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -40,8 +41,9 @@ PEER_MATRICES = 6  # N x K float32 matrices that the peers hold at once: skipped
 
 def machine(device):
     """What the figures were measured on."""
+    cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []  # Linux has it
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "cpu")
+        (line.split(":")[1].strip() for line in cpus if "model name" in line), platform.processor() or "cpu")
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": sys.version.split()[0]}
 
 
