@@ -57,7 +57,7 @@ METHODS = {
     "vq_ema_trellis": [*VQ_EMA, *TRELLIS],
     "vq_ema_predictive_trellis": ["--quantizer", "vq_ema", "--prediction", "checkerboard", *TRELLIS],
     "ba_vq_lambda10_trellis": [*ba_vq(), *TRELLIS],
-    **{f"ba_vq_lambda{w:g}_predictive_trellis": [*ba_vq(w, "checkerboard"), *TRELLIS] for w in (10, 50, 100, math.inf)},
+    **{f"ba_vq_lambda{w:g}_predictive_trellis": [*ba_vq(w, "checkerboard"), *TRELLIS] for w in (1, 10, 50, 100, math.inf)},
     # One factor at a time between the two recipes: what keeps the codes of a large codebook alive (FINDINGS.md).
     "vq_ema_classical_decay": [*CLASSICAL, "--ema_decay", "0.97475"],  # that of the tuned recipe at K = 16,384
     "vq_ema_classical_warmup": [*CLASSICAL, "--warmup_fraction", "0.1"],
