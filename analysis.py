@@ -152,6 +152,7 @@ def table(records, sort_by="name", descending=False):
 
 
 def aligned(rows):
+    """Lines of text of rows of cells: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) if i < 1 else cell.rjust(width)
                       for i, (cell, width) in enumerate(zip(row, widths))) for row in rows]

@@ -304,7 +304,8 @@ def say(message):
         print(message, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of the same when it ends
-        raise Interrupted("stopped, since nobody reads the output; the same command resumes", signal.SIGPIPE) from None
+        raise Interrupted("stopped, since nobody reads the output; the same command, without --overwrite, resumes",
+                          signal.SIGPIPE) from None
 
 
 def pick_device(device: str = "auto") -> tuple[torch.device, str]:
@@ -2116,7 +2117,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     Everything goes to out_dir/name. An unfinished run of the same config is continued from its newest
     checkpoint; a finished one is returned as it is. On the CPU this process keeps freed memory from
     then on (`keep_freed_memory`). Raises UserError, or Interrupted after Ctrl-C or SIGTERM (the state
-    is saved; the same call resumes).
+    is saved; the same call resumes), or where nobody reads its output (as of the last checkpoint).
     """
     start_processes(config.device)
     folder = check_run_folder(config)

@@ -30,6 +30,7 @@ def test_one_json_per_run_and_no_repetition(results, tiny, tmp_path, monkeypatch
     line = compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
     record = json.loads((results / "ba_vq_lambda10_dead_leaves_k16_d4_h8b16_e1_s1.json").read_text())
     assert "PSNR" in line and record["seed"] == 1 and record["method"] == "ba_vq_lambda10" and record["seconds"] > 0
+    assert record["precision"] == "float32" and record["threads"] == 1 and record["device"] and record["torch"]
     assert record["refined_psnr"] != record["psnr"] and 0 < record["refined_usage_rate"] <= 1
     assert "--methods ba_vq_lambda10 --codebook_sizes 16 --latent_dims 4 --seeds 1" in record["command"]
     assert "done before" in compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)

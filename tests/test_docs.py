@@ -114,6 +114,10 @@ def test_over_seeds_tells_settings_apart(tiny_config):
     lines = analysis.over_seeds([made_up(tiny_config(lr=lr, quantizer=quantizer)) for lr in (0.001, 0.002)
                                  for quantizer in ("ba_vq", "vq_ema")]).splitlines()
     assert "lr" in lines[-3].split() and "0.001" in lines[-2] and "0.002" in lines[-1]  # the differences, too
+    records = [made_up(tiny_config(quantizer=quantizer, warmup_fraction=share)) for quantizer, share in
+               (("ba_vq", 0.25), ("vq_ema", 0.25), ("vq_ema", 0.5))]
+    alike, unlike = analysis.over_seeds(records).splitlines()[-2:]
+    assert " 0.25  " in alike and " - 0.5 " not in alike and " 0.25 - 0.5 " in unlike
 
 
 def test_the_table_is_sortable(tiny_config):

@@ -80,6 +80,20 @@ def test_a_measurement_that_fails_ends_without_a_traceback(monkeypatch):
     assert quantizer_step.main(words) == 2
 
 
+def test_a_rehearsal_stores_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "RESULTS", tmp_path / "results" / "speed")
+    monkeypatch.setattr(scaling, "run_point", lambda point, device: {**point, "seconds": 1.0})
+    scaling.main(["--tiny", "--device", "cpu"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_measurement_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "RESULTS", tmp_path)
+    (tmp_path / "scaling_cpu.json").write_text('{"machine": ')
+    with pytest.raises(vqvae.UserError, match="scaling_cpu.json: cannot read this JSON file"):
+        scaling.main(["--summary"])
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(vqvae, "pick_device", lambda device: (torch.device("cuda"), "asked for"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

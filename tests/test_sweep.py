@@ -197,7 +197,7 @@ folder.mkdir()
 
 
 @pytest.mark.parametrize("jobs", ["1", "3"])
-def test_hanging_killed_and_broken_runs_do_not_stop_the_others(tmp_path, monkeypatch, jobs):
+def test_hanging_killed_and_broken_runs_do_not_stop_the_others(tmp_path, monkeypatch, capsys, jobs):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text(ACTOR)
     (tmp_path / "config_gpu.yaml").write_text("batch_size: 256\n")
@@ -206,7 +206,9 @@ def test_hanging_killed_and_broken_runs_do_not_stop_the_others(tmp_path, monkeyp
     (tmp_path / "experiments" / "gpu_vq_ema_k512.log").mkdir(parents=True)  # its log cannot be opened
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        assert run_gpu_experiments.main(["--timeout", "2", "--jobs", jobs]) == 1
+        overwrite = ["--overwrite"] if jobs == "3" else []  # said again it would begin anew
+        assert run_gpu_experiments.main(["--timeout", "2", "--jobs", jobs, *overwrite]) == 1
+        assert ("run the same command without --overwrite again" in capsys.readouterr().err) == bool(overwrite)
     finally:
         signal.signal(signal.SIGTERM, handler)
     summary = json.loads((tmp_path / "experiments" / "gpu_run_summary.json").read_text())
@@ -259,7 +261,7 @@ def test_ctrl_c_ends_the_gpu_suite_and_what_it_has_started(tmp_path):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "gpu_suite.sh").write_text((ROOT / "benchmarks" / "gpu_suite.sh").read_text())
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho $$ >> {tmp_path}/started\nsleep 60\n')
+    python.write_text(f'#!/bin/sh\ntrap "sleep 1; echo saved >&2; exit" TERM\necho $$ >> {tmp_path}/started\nsleep 60 & wait\n')
     python.chmod(0o755)
     command = ["bash", str(tmp_path / "benchmarks" / "gpu_suite.sh")]
     with subprocess.Popen(command, env={**os.environ, "PYTHON": str(python), "SMALL": ""}, stderr=subprocess.PIPE, text=True,
@@ -274,6 +276,7 @@ def test_ctrl_c_ends_the_gpu_suite_and_what_it_has_started(tmp_path):
         finally:
             process.kill()
     assert process.returncode == 130 and "the same command continues" in err
+    assert err.index("saved") < err.index("stopped")  # it waits for what it ends
     assert len((tmp_path / "started").read_text().split()) == 1  # no other step began
 
 
