@@ -57,9 +57,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 import yaml
-from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
@@ -1327,6 +1325,7 @@ def _only_https(url):
 
 def _cifar10(config, train):
     """Official CIFAR-10, checked by md5, downloaded where it is missing."""
+    import torchvision  # not above: takes longer to import than the rest of this module, and few calls need it
     root = Path(config.data_dir)
     archive = root / "cifar-10-python.tar.gz"
 
@@ -1390,6 +1389,7 @@ def _folder(config, train):
 
     The hash of an image's path says where it belongs, so one that was trained on stays there when the folder grows.
     """
+    import torchvision  # not above, as in _cifar10
     root = Path(config.data_dir)
     split = root / ("train" if train else "test")
     has_splits = os.path.isdir(root / "train") and os.path.isdir(root / "test")
@@ -1868,6 +1868,8 @@ def save_checkpoint(folder, model, optimizer, config, step, losses, histogram, s
 
 def reconstruction_picture(model, images, title, path, refine=0):
     """PNG: originals uint8 (N, S, S, 3) in the upper row of each pair, reconstructions below."""
+    import torchvision  # not above, as in _cifar10
+    from matplotlib.figure import Figure
     device = next(model.parameters()).device
     with torch.no_grad(), eval_mode(model):
         x = to_float(images.to(device))
@@ -1890,6 +1892,7 @@ def reconstruction_picture(model, images, title, path, refine=0):
 
 def usage_picture(histogram, title, path):
     """PNG: sorted share of each code, log axis, against uniform use, of a histogram as `empty_histogram`."""
+    from matplotlib.figure import Figure  # not above, as torchvision
     share = np.sort(histogram.cpu().double().flatten().numpy())[::-1] / histogram.sum().item()
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()

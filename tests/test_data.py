@@ -283,7 +283,7 @@ def test_unreadable_cifar10_is_one_clear_error(tmp_path, monkeypatch):
     def refused(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(vqvae.torchvision.datasets, "CIFAR10", refused)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", refused)
     with pytest.raises(UserError, match="cannot read CIFAR-10 in .*Permission denied.*--data_dir"):
         vqvae.training_images(Config(data_dir=str(tmp_path)))
 

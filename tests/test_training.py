@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -180,23 +179,6 @@ def test_a_checkpoint_of_another_device_keeps_the_settings_of_this_one(tiny_conf
     torch.save(state, path)
     vqvae.train(parts)
     assert same_weights(final_state(one), final_state(two))
-
-
-def test_kill_9_loses_nothing(tiny, tmp_path):
-    flags = [word for key, value in tiny(epochs=4, name="killed").items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, str(ROOT / "train.py"), *flags, "--no_wandb"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    folder = tmp_path / "experiments" / "killed"
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
-        deadline = time.time() + 120
-        while not (folder / "checkpoint_epoch_0001.pt").exists() and time.time() < deadline:
-            time.sleep(0.01)
-        process.kill()
-    assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode == 0
-    whole = [word if word != "killed" else "whole" for word in command]
-    assert subprocess.run(whole, env=environment, stdout=subprocess.DEVNULL).returncode == 0
-    assert same_weights(final_state(folder), final_state(tmp_path / "experiments" / "whole"))
-    assert (folder / "metrics.jsonl").read_text() == (folder.parent / "whole" / "metrics.jsonl").read_text()
 
 
 def test_a_finished_run_is_not_repeated(tiny_config, capsys):
@@ -611,25 +593,26 @@ def test_wandb_never_blocks_without_login_or_network(tiny, tmp_path, login):
         environment.update(WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
     folder = tmp_path / "experiments" / "tiny"
     ids = []
-    for extra in ([], [], ["--overwrite"], ["--overwrite", "--no_wandb"])[:1 if login else 4]:
+    for extra in ([], [], ["--overwrite"])[:1 if login else 3]:
         (folder / "final_metrics.json").unlink(missing_ok=True)  # so that the second call resumes
         done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--wandb", *extra], env=environment,
                               capture_output=True, text=True, timeout=150, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
         assert list((folder / "wandb").glob("offline-run-*"))
-        ids.append((folder / "wandb_id").read_text() if (folder / "wandb_id").exists() else None)
+        ids.append((folder / "wandb_id").read_text())
     if not login:
-        assert ids[0] == ids[1] != ids[2] and ids[2] and ids[3] is None
+        assert ids[0] == ids[1] != ids[2]
 
 
 def test_overwrite_deletes_only_what_a_run_writes(tiny_config, tmp_path):
     folder = tmp_path / "experiments" / "tiny"
     vqvae.train(tiny_config(epochs=1))
+    (folder / "wandb_id").write_text("of the old run")
     (folder / "notes.txt").write_text("mine")
     (folder / "src").mkdir()
     (folder / "src" / "code.py").write_text("mine too")
     vqvae.train(tiny_config(epochs=1, lr=0.01, overwrite=True))
-    assert (folder / "notes.txt").exists() and (folder / "src" / "code.py").exists()
+    assert (folder / "notes.txt").exists() and (folder / "src" / "code.py").exists() and not (folder / "wandb_id").exists()
     assert "overwrite: false" in (folder / "config.yaml").read_text()  # the stored config can be used again
 
 
