@@ -582,8 +582,8 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     """One damped step of the log prior log w (K,) towards log w = (1 - lambda) log(K q).
 
     q (K,) marginal; entropy_weight lambda in [0, inf]; step eta in (0, 1]; sensitivity s in (0, 1]:
-    mean d log q / d log w (0 for hard assignments), by which the step is scaled as Newton's method asks, since at a low
-    temperature q hardly answers to w. lambda = 0 and eta = 1 is Blahut-Arimoto's q update; lambda = inf
+    mean of d log q_k / d log w_k (0 for hard assignments), by which the step is scaled as Newton's method with that diagonal
+    asks, since at a low temperature q hardly answers to w. lambda = 0 and eta = 1 is Blahut-Arimoto's q update; lambda = inf
     is dual ascent on q_k = 1/K, a Sinkhorn half-step where eta = s = 1 (Cuturi 2013).
     """
     log_kq = (q * len(q)).clamp_min(1e-12).log()  # (K,)
@@ -944,7 +944,7 @@ class BAQuantizer(Quantizer):
 
         E[d(z, e_k)] + tau I(Z; K) - lambda tau H(K),
 
-    so P(k|z) ~ w_k exp(-d/tau) with w_k = q_k^(1 - lambda), q the marginal (Blahut 1972, Arimoto 1972
+    so P(k|z) ~ w_k exp(-d/tau) with w_k = q_k^(1 - lambda), q the marginal (Blahut 1972, Csiszar 1974
     for lambda = 0; entropic optimal transport for lambda = inf, Cuturi 2013). The log prior log w is
     kept from batch to batch, q and the centroids are EMAs of the soft assignments. What the decoder
     sees is always the hard nearest code.
