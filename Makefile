@@ -2,7 +2,7 @@
 # make test   set up .venv, run the linter, the type checker and the tests, report coverage
 PYTHON ?= python3
 PY := .venv/bin/python
-# Threads that wait sleep, not spin: 7% slower on an idle machine, up to ten times as fast on a busy one (results/LOG.md).
+# As in train.py, for the other scripts, too: threads that wait sleep, not spin (results/LOG.md).
 export OMP_WAIT_POLICY ?= PASSIVE
 QUICK := --dataset dead_leaves --hidden_dim 64 --latent_dim 8 --codebook_size 512 --epochs 4 --no_wandb
 

@@ -11,11 +11,15 @@ Exit codes: 0 done, 2 bad input, 130 Ctrl-C and 143 SIGTERM (saved; the same com
 
 import argparse
 import dataclasses
+import os
 import sys
 import typing
 from pathlib import Path
 
-import vqvae
+# Read when PyTorch is imported. Threads that spin while they wait train 7% faster on an idle CPU, ten times slower on a busy one.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import vqvae  # noqa: E402
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "config.yaml"
 

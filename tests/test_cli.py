@@ -379,6 +379,17 @@ def test_a_reader_that_leaves_ends_a_run_without_a_traceback(tiny, tmp_path):
     assert vqvae.checkpoints(tmp_path / "experiments" / "tiny")
 
 
+@pytest.mark.parametrize(("policy", "spins"), [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000")])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(policy, spins):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run([sys.executable, "-c", "import train"], cwd=ROOT, capture_output=True, text=True,
+                          env={**environment, **policy, "OMP_DISPLAY_ENV": "VERBOSE"})
+    shown = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    if not shown:
+        pytest.skip("this PyTorch has another OpenMP library than GNU's")
+    assert set(shown) == {spins}
+
+
 def test_ctrl_c_outside_training_is_one_line(capsys):
     def interrupted():
         raise KeyboardInterrupt
