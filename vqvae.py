@@ -1325,7 +1325,7 @@ def _only_https(url):
 
 def _cifar10(config, train):
     """Official CIFAR-10, checked by md5, downloaded where it is missing."""
-    import torchvision  # not above: takes longer to import than the rest of this module, and few calls need it
+    import torchvision  # not above: importing it takes as long as PyTorch, and few calls need it
     root = Path(config.data_dir)
     archive = root / "cifar-10-python.tar.gz"
 

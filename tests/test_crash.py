@@ -98,7 +98,7 @@ def test_a_full_disk_loses_nothing(tiny, tmp_path):
     disk.mkdir()
     script = """
         mount -t tmpfs -o size=4k none "$DISK"
-        for size in 8 32 112 4096; do
+        for size in 8 12 32 64 112 160 4096; do
             mount -o remount,size=${size}k "$DISK"
             "$@"
             code=$?
