@@ -579,19 +579,21 @@ def e_step(device, dim):
 
 
 def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
-    """One damped step of the log prior log w (K,) towards log w = (1 - lambda) log(K q).
+    """One damped step of the log prior log w (K,) towards log w = (1 - lambda) log(K q), up to a constant.
 
     q (K,) marginal; entropy_weight lambda in [0, inf]; step eta in (0, 1]; sensitivity s in (0, 1]:
     mean of d log q_k / d log w_k (0 for hard assignments), by which the step is scaled as Newton's method with that diagonal
     asks, since at a low temperature q hardly answers to w. lambda = 0 and eta = 1 is Blahut-Arimoto's q update; lambda = inf
-    is dual ascent on q_k = 1/K, a Sinkhorn half-step where eta = s = 1 (Cuturi 2013).
+    is dual ascent on q_k = 1/K, where eta = s = 1 a Sinkhorn half-step for codes that have too much (Cuturi 2013).
     """
-    log_kq = (q * len(q)).clamp_min(1e-12).log()  # (K,)
-    if entropy_weight > 1e30:  # inf, or near what float32 holds
-        moved = log_w - step / sensitivity * log_kq
-        return moved - moved.mean()  # nothing depends on the mean, but it would grow without end: that of log_kq is below 0
-    slope = 1 + max(0.0, entropy_weight - 1) * sensitivity  # of log w - target in log w, through q
-    return log_w + step / slope * ((1 - entropy_weight) * log_kq - log_w)
+    if entropy_weight <= 1:
+        return log_w + step * ((1 - entropy_weight) * (q * len(q)).clamp_min(1e-12).log() - log_w)
+    price = 1 / (entropy_weight - 1)  # of an uneven marginal; 0 for lambda = inf
+    share = q * len(q) * torch.exp(price * log_w)  # (K,) of what the code should have: 1 when settled
+    # The logarithm knows no lower bound: a code that got nothing for some batches would rise by nats in each, then get too much.
+    excess = share.clamp_min(1).log() + share.clamp_max(1) - 1
+    moved = log_w - step / (price + sensitivity) * excess
+    return moved - moved.mean()  # nothing depends on the mean, but at lambda = inf it would grow without end
 
 
 # A trellis: the codes are four subsets, of which a latent may use two, by the path that the latents before it have taken.
@@ -995,9 +997,9 @@ class BAQuantizer(Quantizer):
             stats = everything[:-3].view_as(self.ema)
             distortion, sensitivity = everything[-3:-1] / everything[-1]
             counts = torch.lerp(self.ema[:, -1], stats[:, -1], 1 - self.ema_decay)  # (K,)
-            # A gain that matches the window of the EMA it reads: damped, not oscillating.
-            self.log_w.copy_(prior_step(self.log_w, counts / counts.sum(), self.entropy_weight,
-                                        1 - self.ema_decay, sensitivity.clamp_min(0.01)))
+            # A gain that matches the window of the EMA it reads: damped oscillations at worst.
+            step = min(1.0, 2 * (1 - self.ema_decay))
+            self.log_w.copy_(prior_step(self.log_w, counts / counts.sum(), self.entropy_weight, step, sensitivity.clamp_min(0.01)))
         self.distortion.lerp_(distortion, 1 - self.ema_decay)
         return batch.indices, stats
 
