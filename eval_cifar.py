@@ -22,13 +22,15 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
+import train  # before PyTorch: has its threads sleep while they wait
+
+# isort: split
 import numpy as np
 import torch
 from cleanfid.resize import build_resizer
 from tqdm import tqdm
 
 import analysis
-import train
 import vqvae
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"

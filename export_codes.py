@@ -14,11 +14,13 @@ import math
 import sys
 from pathlib import Path
 
+import train  # before PyTorch: has its threads sleep while they wait
+
+# isort: split
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import train
 import vqvae
 
 

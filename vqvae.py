@@ -999,7 +999,8 @@ class BAQuantizer(Quantizer):
             counts = torch.lerp(self.ema[:, -1], stats[:, -1], 1 - self.ema_decay)  # (K,)
             # A gain that matches the window of the EMA it reads: damped oscillations at worst.
             step = min(1.0, 2 * (1 - self.ema_decay))
-            self.log_w.copy_(prior_step(self.log_w, counts / counts.sum(), self.entropy_weight, step, sensitivity.clamp_min(0.01)))
+            sensitivity = sensitivity.clamp_min(0.01)
+            self.log_w.copy_(prior_step(self.log_w, counts / counts.sum(), self.entropy_weight, step, sensitivity))
         self.distortion.lerp_(distortion, 1 - self.ema_decay)
         return batch.indices, stats
 

@@ -379,15 +379,25 @@ def test_a_reader_that_leaves_ends_a_run_without_a_traceback(tiny, tmp_path):
     assert vqvae.checkpoints(tmp_path / "experiments" / "tiny")
 
 
-@pytest.mark.parametrize(("policy", "spins"), [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000")])
-def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(policy, spins):
+@pytest.mark.parametrize(("script", "policy", "spins"), [
+    ("train", {}, "0"), ("eval_cifar", {}, "0"), ("export_codes", {}, "0"),
+    ("train", {"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"),
+])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(script, policy, spins):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
-    done = subprocess.run([sys.executable, "-c", "import train"], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", f"import {script}"], cwd=ROOT, capture_output=True, text=True,
                           env={**environment, **policy, "OMP_DISPLAY_ENV": "VERBOSE"})
     shown = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
     if not shown:
         pytest.skip("this PyTorch has another OpenMP library than GNU's")
     assert set(shown) == {spins}
+
+
+def test_help_does_not_wait_for_packages_that_only_training_needs():
+    slow = "{'torchvision', 'matplotlib', 'wandb', 'scipy', 'cleanfid'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", f"import sys, train; print(sorted({slow}))"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_ctrl_c_outside_training_is_one_line(capsys):

@@ -127,6 +127,14 @@ def test_a_huge_lambda_is_infinite(entropy_weight):
     assert torch.allclose(got - got.mean(), expected, atol=1e-6)  # weights are proportions
 
 
+def test_the_prior_of_a_starved_code_does_not_wind_up():
+    # Its marginal tells only after the window of the EMA that it has risen enough.
+    q, log_w = torch.tensor([0.0, 0.5, 0.5]), torch.zeros(3)
+    for _ in range(20):
+        log_w = prior_step(log_w, q, math.inf, 0.1)
+    assert torch.allclose(log_w[0] - log_w[1], torch.tensor(20 * 0.1 * (1 + math.log(1.5))))
+
+
 def test_the_prior_of_lambda_infinity_does_not_drift():
     log_w, q = torch.randn(9), torch.rand(9).softmax(0)
     for _ in range(1000):
