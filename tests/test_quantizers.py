@@ -175,7 +175,9 @@ def test_ba_update_equals_an_independent_reference():
         sensitivity = 1 - P.square().sum(1).mean()
         ema = decay * ema + (1 - decay) * stats
         q = ema[:, -1] / ema[:, -1].sum()
-        log_w = log_w + (1 - decay) / (1 + 3 * sensitivity) * (-3 * (5 * q).log() - log_w)
+        residual = (5 * q).log() + log_w / 3  # 0 where log w = (1 - 4) log(5 q)
+        log_w = log_w - 2 * (1 - decay) * 3 / (1 + 3 * sensitivity) * torch.where(residual > 0, residual, residual.expm1())
+        log_w = log_w - log_w.mean()
         distortion = decay * distortion + (1 - decay) * nearest / 40
         codes = ema[:, :-1] / ema[:, -1:]
     assert torch.allclose(quantizer.codebook.double(), codes, atol=1e-4)
