@@ -579,7 +579,7 @@ def e_step(device, dim):
 
 
 def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
-    """One damped step of the log prior log w (K,) towards log w = (1 - lambda) log(K q), up to a constant.
+    """One damped step of the log prior log w (K,) towards log w = (1 - lambda) log(K q).
 
     q (K,) marginal; entropy_weight lambda in [0, inf]; step eta in (0, 1]; sensitivity s in (0, 1]:
     mean of d log q_k / d log w_k (0 for hard assignments), by which the step is scaled as Newton's method with that diagonal
@@ -593,7 +593,8 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     # The logarithm knows no lower bound: a code that got nothing for some batches would rise by nats in each, then get too much.
     excess = share.clamp_min(1).log() + share.clamp_max(1) - 1
     moved = log_w - step / (price + sensitivity) * excess
-    return moved - moved.mean()  # nothing depends on the mean, but at lambda = inf it would grow without end
+    # Nothing depends on the mean, but at lambda = inf, where no price pulls it back, it would grow without end.
+    return moved - moved.mean() if math.isinf(entropy_weight) else moved
 
 
 # A trellis: the codes are four subsets, of which a latent may use two, by the path that the latents before it have taken.
