@@ -14,12 +14,14 @@ import statistics
 import sys
 from pathlib import Path
 
+import train  # before PyTorch: has its threads sleep while they wait
+
+# isort: split
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-import train
 import vqvae
 
 # Okabe & Ito: told apart by colour-blind eyes and, with markers and lines, in grey print. One family per quantizer.

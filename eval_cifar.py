@@ -169,7 +169,8 @@ def parse(argv):
     parser.add_argument("--checkpoint", nargs="+", required=True, metavar="PATH",
                         help="checkpoints, or folders: every final_model.pt below, but for peers")
     parser.add_argument("--data_dir", metavar="DIR", help="where the data set is (default: as in training)")
-    parser.add_argument("--test_subset", type=int, metavar="N", help="only the first N test images (default: as in training)")
+    parser.add_argument("--test_subset", type=train.whole(1), metavar="N",
+                        help="only the first N test images (default: as in training)")
     parser.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, mps, cuda or cuda:N (default auto)")
     parser.add_argument("--batch_size", type=train.whole(1), default=100, metavar="N",
                         help="images at once, at most (default 100; fewer of large ones)")

@@ -68,7 +68,7 @@ def make_parser():
         if hints[field.name] is bool:
             parser.add_argument(f"--{field.name}", action="store_true", help=help_text)
             continue
-        kind = next(t for t in (typing.get_args(hints[field.name]) or (hints[field.name],)) if t is not type(None))
+        kind = next(iter(typing.get_args(hints[field.name])), hints[field.name])  # the type of an optional one
         choices = field.metadata["choices"]
         metavar = "|".join(map(str, choices)) if choices else {int: "N", float: "X", str: "TEXT"}[kind]
         parser.add_argument(f"--{field.name}", type=kind, metavar=metavar, help=help_text)

@@ -4,15 +4,16 @@
     python train.py --quantizer vq_ema --codebook_size 512 --epochs 30 --batch_size 256 --name vq_ema_k512
     torchrun --standalone --nproc_per_node 4 train.py --quantizer ba_vq --name ba_vq_4gpu
 
-One module, in reading order: configuration, networks, the textbook Blahut-Arimoto algorithm, the quantizers (a trellis
-for either; VQ-EMA, the baseline; BA-VQ, the streaming Blahut-Arimoto quantizer; prediction for either), the autoencoder,
-data, metrics, run folders and checkpoints, training. CODE_OVERVIEW.md is the guide.
+One module, in reading order: configuration, processes and devices, networks, the textbook Blahut-Arimoto algorithm, the
+quantizers (a trellis for either; VQ-EMA, the baseline; BA-VQ, the streaming Blahut-Arimoto quantizer; prediction for
+either), the autoencoder, data, metrics, run folders and checkpoints, pictures, training. CODE_OVERVIEW.md is the guide.
 
 Sources, cited below by name:
     van den Oord 2017   Neural Discrete Representation Learning, arXiv 1711.00937
     Blahut 1972         Computation of channel capacity and rate-distortion functions, IEEE Trans. IT 18(4)
     Arimoto 1972        An algorithm for computing the capacity of arbitrary discrete memoryless channels
     Csiszar 1974        On the computation of rate-distortion functions, IEEE Trans. IT 20(1)
+    Cover & Thomas      Elements of Information Theory, second edition, 2006
     Ungerboeck 1982     Channel coding with multilevel/phase signals, IEEE Trans. IT 28(1)
     Fischer 1991        Trellis-coded vector quantization, Fischer, Marcellin & Wang, IEEE Trans. IT 37(6)
     Bahl 1974           Optimal decoding of linear codes for minimizing symbol error rate, IEEE Trans. IT 20(2)
@@ -114,7 +115,7 @@ class Config:
     downsample: int = option(4, "image pixels per latent, per side", choices=(2, 4, 8, 16))
     # quantizer
     quantizer: str = option("ba_vq", "quantizer", choices=("vq_ema", "ba_vq"))
-    codebook_size: int = option(512, "values K of an index; so many codes, twice as many with prediction, and with a trellis",
+    codebook_size: int = option(512, "values K of an index; K codes, 2K with prediction or a trellis, 4K with both",
                                low=1, high=1 << 20)
     metric: str = option("euclid", "distance between latents and codes", choices=("euclid", "cosine"))
     commitment_weight: float = option(0.25, "weight of the commitment loss", low=0, high=1e6)
@@ -133,8 +134,8 @@ class Config:
                                     low=0, high=1)
     ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
     prediction: str | None = option(None, "'checkerboard': every second latent is predicted from the codes around it, and the "
-                                    "difference has codes of its own (default: so; none for cosine, vq_ema classical, "
-                                    "images of one latent)",
+                                    "difference has codes of its own (default: checkerboard; none for cosine, vq_ema "
+                                    "classical, images of one latent)",
                                     choices=("none", "checkerboard"))
     trellis: str = option("none", "'4': the codes of an image are chosen jointly, along a path through a trellis of four states, "
                           "each among codebook_size of twice as many codes", choices=("none", "4"))
@@ -149,7 +150,7 @@ class Config:
     precision: str = option("auto", "of the networks, also in validation; quantizer and test are float32",
                             choices=("auto", "float32", "bfloat16"))
     compile: bool = option(False, "torch.compile the networks")
-    deterministic: bool = option(False, "the same bits in every run on CUDA too (on the CPU they are anyway)")
+    deterministic: bool = option(False, "the same bits in every run on CUDA too (on a CPU they are, with as many threads)")
     # run
     name: str | None = option(None, "run name: results go to OUT_DIR/NAME (default: made from the quantizer and K)")
     out_dir: str = option("experiments", "folder of all runs")
@@ -227,6 +228,8 @@ def _checked(field, kind, value):
         value = float(value)
     if type(value) is not kind:
         hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if kind is float and isinstance(value, str) else ""
+        if kind is str and type(value) in (int, float):
+            hint = f' (YAML reads a number: write "{value}")'
         got = repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
         raise UserError(f"{field.name}: expected {kind.__name__}, got {got}{hint}")
     rule = field.metadata
@@ -427,7 +430,7 @@ class RateDistortion(NamedTuple):
 
 def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | None = None, prior: torch.Tensor | None = None,
                    tolerance: float = 1e-9, max_iterations: int = 100_000) -> RateDistortion:
-    """The Blahut-Arimoto algorithm for rate-distortion (Blahut 1972, theorem 6; Csiszar 1974).
+    """The Blahut-Arimoto algorithm for rate-distortion (Blahut 1972, theorem 6; Arimoto 1972; Csiszar 1974).
 
     Minimises I(X; K) + beta * E[d] in nats by alternating P(k|x) ~ q_k exp(-beta d(x, k)) and
     q_k = E_x[P(k|x)], until the upper and the lower bound on the minimum are within `tolerance`.
@@ -581,10 +584,11 @@ def e_step(device, dim):
 def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     """One damped step of the log prior log w (K,) towards log w = (1 - lambda) log(K q).
 
-    q (K,) marginal; entropy_weight lambda in [0, inf]; step eta in (0, 1]; sensitivity s in (0, 1]:
-    mean of d log q_k / d log w_k (0 for hard assignments), by which the step is scaled as Newton's method with that diagonal
-    asks, since at a low temperature q hardly answers to w. lambda = 0 and eta = 1 is Blahut-Arimoto's q update; lambda = inf
-    is dual ascent on q_k = 1/K, where eta = s = 1 a Sinkhorn half-step for codes that have too much (Cuturi 2013).
+    q (K,) marginal; entropy_weight lambda in [0, inf]; step eta in (0, 1]; sensitivity s in (0, 1],
+    used for lambda > 1: mean of d log q_k / d log w_k (0 for hard assignments), by which the step is scaled as Newton's method
+    with that diagonal asks, since at a low temperature q hardly answers to w. lambda = 0 and eta = 1 is Blahut-Arimoto's q
+    update; lambda = inf is dual ascent on q_k = 1/K, where eta = s = 1 a Sinkhorn half-step for codes that have too much
+    (Cuturi 2013).
     """
     if entropy_weight <= 1:
         return log_w + step * ((1 - entropy_weight) * (q * len(q)).clamp_min(1e-12).log() - log_w)
@@ -901,8 +905,9 @@ class Quantizer(nn.Module):
 class VQEMAQuantizer(Quantizer):
     """VQ-VAE with EMA codebook, the baseline (van den Oord 2017, appendix A.1).
 
-    recipe 'classical': codes start uniform in +-1/K and are never restarted. recipe 'tuned': codes
-    start at data, and dead codes restart, with their EMA state, at random latents of the batch.
+    recipe 'classical': codes start uniform in +-1/K and are never restarted, whatever restart_threshold; that of the docs has
+    ema_decay 0.8. recipe 'tuned': codes start at rows of the first batch, and dead codes restart, with their EMA state, at
+    random latents of the batch. Other arguments as in Quantizer. Raises ValueError on a value outside its range.
     """
 
     def __init__(self, codebook_size: int, dim: int, metric: str = "euclid", ema_decay: float = 0.9,
@@ -976,7 +981,7 @@ class BAQuantizer(Quantizer):
         self.register_buffer("distortion", torch.tensor(1.0))  # EMA of the squared distance to the nearest code
 
     def set_progress(self, progress):
-        """Set the relative temperature for this share of training, in [0, 1]."""
+        """Set the relative temperature for this share of training, at least 0; beyond 1 it stays the last one."""
         fraction = min(1.0, progress / self.anneal_fraction) if self.anneal_fraction > 0 else 1.0
         ratio = self.temperature_end / self.temperature_start
         self.temperature.fill_(self.temperature_start * ratio ** fraction)
@@ -1099,13 +1104,16 @@ class PredictiveQuantizer(nn.Module):
         return join_halves(codes, self.predict(codes, indices.shape[1:]) + self.second.codes(second), indices.shape[1:])
 
     def forward(self, z: torch.Tensor) -> Quantized:
-        """z (B, D, H, W) of two latents or more, any float dtype -> Quantized(z_q, indices, loss). Raises ValueError on others.
+        """z (B, D, H, W), any float dtype -> Quantized(z_q, indices, loss). Raises ValueError on others.
+
+        A grid has two latents or more, with a trellis four, a path of two in each half.
 
         In training both quantizers learn. The gradient of the loss, not its value, then holds the squared error of the
         prediction, too; it reaches the predictor alone.
         """
-        if z.dim() != 4 or z.shape[1] != self.dim or z.shape[2] * z.shape[3] < 2 or len(z) == 0:
-            raise ValueError(f"expected (B, {self.dim}, H, W) of two latents or more, not empty, got {tuple(z.shape)}")
+        least = 4 if self.first.trellis else 2
+        if z.dim() != 4 or z.shape[1] != self.dim or z.shape[2] * z.shape[3] < least or len(z) == 0:
+            raise ValueError(f"expected (B, {self.dim}, H, W) of {least} latents or more, not empty, got {tuple(z.shape)}")
         size = z.shape[2:]
         first, second = split_halves(z.permute(0, 2, 3, 1).float())  # (B, n, D), (B, m, D)
         first_codes, first_indices, first_loss = self.first(first.mT)
@@ -1142,7 +1150,7 @@ def make_quantizer(config):
 def live_directions(covariance: torch.Tensor, bits: float) -> torch.Tensor:
     """Principal directions that a Gaussian of this covariance (D, D) spends `bits` bits on: (D, L), orthonormal, float64, CPU.
 
-    Reverse water-filling (Cover & Thomas, theorem 10.3.3): those whose variance is above the water level.
+    bits >= 0; at 0 there are none. Reverse water-filling (Cover & Thomas, theorem 10.3.3): variance above the water level.
     """
     variances, directions = torch.linalg.eigh(covariance.cpu().double())  # rising
     logs, directions = variances.clamp_min(1e-30).log().flip(0), directions.flip(1)
@@ -1164,7 +1172,7 @@ class Reconstruction(NamedTuple):
 
 
 class VQVAE(nn.Module):
-    """Encoder, quantizer, decoder. Images are (B, 3, S, S) floats in [0, 1], S divisible by `downsample`.
+    """Encoder, quantizer, decoder. Images are (B, 3, S, S) floats in [0, 1], S divisible by `downsample`, f: 2, 4, 8, ...
 
     quantizer: any module that maps latents (B, D, H, W) to the triple (z_q, indices, loss).
     """
@@ -1240,7 +1248,10 @@ class VQVAE(nn.Module):
         return (self.decoder(z_q) + 1) / 2
 
     def forward(self, x: torch.Tensor, quantize: bool = True, refine: int = 0) -> Reconstruction:
-        """Images -> Reconstruction. quantize=False: the plain autoencoder (indices and loss are None); refine: as in `encode`."""
+        """Images (B, 3, S, S) in [0, 1] -> Reconstruction. Raises ValueError on a wrong shape.
+
+        quantize=False: the plain autoencoder (indices and loss are None); refine: as in `encode`.
+        """
         z = self.latents(x, refine)
         if not quantize:
             return Reconstruction(self.reconstruct(z), None, None)
@@ -1248,11 +1259,14 @@ class VQVAE(nn.Module):
         return Reconstruction(self.reconstruct(z_q), indices, loss)
 
     def encode(self, x: torch.Tensor, refine: int = 0) -> torch.Tensor:
-        """Images (B, 3, S, S) -> code indices (B, S/f, S/f); refine: passes of `refined`."""
+        """Images (B, 3, S, S) in [0, 1] -> code indices (B, S/f, S/f) int64 in [0, K), after `refine` passes of `refined`.
+
+        Raises ValueError on a wrong shape.
+        """
         return self.quantizer(self.latents(x, refine))[1]
 
     def decode(self, indices):
-        """Code indices (B, H, W) -> images (B, 3, S, S), clamped to [0, 1]."""
+        """Code indices (B, S/f, S/f) int64 in [0, K) -> images (B, 3, S, S), clamped to [0, 1]."""
         return self.reconstruct(self.quantizer.codes(indices).permute(0, 3, 1, 2)).clamp(0, 1)
 
 
@@ -1494,7 +1508,7 @@ def psnr(mse: torch.Tensor | float) -> torch.Tensor:
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Structural similarity of images (B, C, S, S) in [0, 1], (B,): Wang 2004, 11x11 Gaussian, sigma 1.5."""
+    """Structural similarity of images (B, C, S, S) in [0, 1], S at least 11, (B,): Wang 2004, 11x11 Gaussian, sigma 1.5."""
     offsets = torch.arange(11, dtype=a.dtype, device=a.device) - 5
     window = torch.exp(-offsets.square() / (2 * 1.5 ** 2))
     window = window / window.sum()
@@ -1563,7 +1577,7 @@ def code_histogram(model: VQVAE, images: torch.Tensor, codebook_size: int) -> to
 @torch.no_grad()
 def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size: int | None = None,
              dtype: torch.dtype = torch.float32, refine: int = 0, histogram: torch.Tensor | None = None) -> dict[str, float]:
-    """Metrics of a model on images uint8 (N, S, S, 3), as a dict of floats; CODE_OVERVIEW.md has the glossary.
+    """Metrics of a model on images uint8 (N, S, S, 3), N at least 1, as a dict of floats; CODE_OVERVIEW.md has the glossary.
 
     Eval mode, hard indices, pooled over all images. batch_size: images at once (default: `evaluation_batch`). dtype: autocast
     type of the networks. refine: passes of VQVAE.refined before the nearest codes are taken; quantization_error and
@@ -2316,8 +2330,8 @@ def finish_run(config, folder, model, train_set, test_set):
     write_pictures(folder, model, test_set, config, metrics, histogram)
     write_json(folder / "final_metrics.json", metrics)
     if histogram.numel() > metrics["num_indices"] / 10:
-        say(f"note: {metrics['num_indices']} test indices are few for {config.codebook_size} codes; usage and perplexity "
-            "cannot reach K")
+        say(f"note: {metrics['num_indices']} test indices are few for {histogram.numel()} codes: even use would measure less "
+            "than 100%")
     say(f"{folder}: PSNR {metrics['psnr']:.2f} dB, perplexity {metrics['perplexity']:.1f} of {config.codebook_size}, "
         f"usage {metrics['usage_rate']:.1%}")
     return metrics

@@ -24,17 +24,19 @@ import threading
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import train  # before PyTorch: has its threads sleep while they wait
+
+# isort: split
 import scipy.stats
 import torch
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
 import analysis
 import peers
 import quantizer_step
-import train
 import vqvae
 
 CLASSICAL = ["--quantizer", "vq_ema", "--vq_recipe", "classical"]
@@ -234,19 +236,20 @@ def summary():
     return "\n".join(lines)
 
 
-def rate_distortion_figure(path, dim=8, hidden=64, blocks=2, batch=128, epochs=10):
-    """PNG: PSNR against the entropy of the indices, means over the seeds that all have.
+def rate_distortion_figure(path):
+    """PNG: PSNR against the entropy of the indices of the README's table, means over the seeds that all have.
 
     BA-VQ is a curve over lambda for each K, with prediction, a trellis too, and without; the other methods are points.
 
     Left everything, with Shannon's curve of a Gaussian source from GAUSSIAN; right the neighbourhood of the longest curve.
     """
+    dim, hidden, epochs = 8, 64, 10
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     both = figure.subplots(1, 2)
     looks, curves = {}, []
     for (dataset, size, *rest), methods in sorted(load_results().items()):
         shared = set.intersection(*map(set, methods.values()))  # seeds
-        if (dataset, *rest) != ("cifar10", dim, hidden, blocks, batch, epochs) or not shared:
+        if (dataset, *rest) != ("cifar10", dim, hidden, 2, 128, epochs) or not shared:
             continue
         found = {kind: [] for kind in CURVES}  # lists of (lambda, rate, quality)
         for name, runs in sorted(methods.items()):

@@ -21,13 +21,15 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import train
+import train  # before PyTorch: has its threads sleep while they wait
+
+# isort: split
+import torch
+import torch.nn.functional as F
+
 import vqvae
 from price_of_balance import balanced_to_best
 from quantizer_step import table

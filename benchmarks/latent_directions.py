@@ -12,13 +12,15 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import train  # before PyTorch: has its threads sleep while they wait
+
+# isort: split
+import torch
+
 import analysis
-import train
 import vqvae
 from quantizer_step import table
 

@@ -24,13 +24,15 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import train  # before PyTorch: has its threads sleep while they wait
+
+# isort: split
+import torch
+
 import peers
-import train
 import vqvae
 
 RESULTS = ROOT / "results" / "speed"

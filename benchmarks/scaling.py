@@ -18,14 +18,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import train  # before PyTorch: has its threads sleep while they wait
+
+# isort: split
+import numpy as np
+import torch
+
 import quantizer_step
-import train
 import vqvae
 from quantizer_step import NAMES, RESULTS, table
 

@@ -19,15 +19,17 @@ import statistics
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import train  # before PyTorch: has its threads sleep while they wait
+
+# isort: split
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import train
 import vqvae
 from quantizer_step import RESULTS, floor_seconds, machine, machine_rates, rates_line, seconds
 
@@ -95,7 +97,10 @@ def classical_epoch(config, images, device):
 
 
 def project_epoch(config, images, device, quantize=True, pipeline=True):
-    """A function that trains one epoch as vqvae.train does; without `pipeline` every step sees the same batch."""
+    """(A function that trains one epoch in the steps of vqvae.train, its model); without `pipeline` every step sees one batch.
+
+    Learning rate and temperature stay as at the start.
+    """
     model = vqvae.make_model(config).to(device, memory_format=vqvae.memory_format(device)).train()
     if config.compile:
         model.encoder.compile()

@@ -170,12 +170,18 @@ def test_odd_codebooks_and_latents_without_a_path_are_refused():
         VQEMAQuantizer(16, 4, trellis=True)(torch.randn(8, 4))
     with pytest.raises(ValueError, match="two latents or more"):  # half of the codes would be out of reach
         VQEMAQuantizer(16, 4, trellis=True)(torch.randn(8, 4, 1, 1))
+    halves = PredictiveQuantizer(VQEMAQuantizer(16, 4, trellis=True), VQEMAQuantizer(16, 4, trellis=True))
+    with pytest.raises(ValueError, match="4 latents or more"):  # before either half has learned
+        halves(torch.randn(8, 4, 1, 3))
+    assert not halves.first.initialized
 
 
 @pytest.mark.parametrize(("quantizer", "prediction"), [("vq_ema", "none"), ("ba_vq", "checkerboard")])
-def test_a_run_its_metrics_and_its_codes(tiny_config, tmp_path, quantizer, prediction):
-    config = tiny_config(trellis="4", quantizer=quantizer, prediction=prediction, epochs=3)
+def test_a_run_its_metrics_and_its_codes(tiny_config, tmp_path, quantizer, prediction, capsys):
+    config = tiny_config(trellis="4", quantizer=quantizer, prediction=prediction, epochs=3, test_subset=39)
     metrics = vqvae.train(config)
+    few = f"{metrics['num_indices']} test indices are few for 64 codes"  # not for the 32 without prediction
+    assert (few in capsys.readouterr().out) == (prediction == "checkerboard")
     folder = Path(config.out_dir) / config.name
     model, loaded = vqvae.load_model(folder / "final_model.pt")
     images = vqvae.test_images(loaded)
