@@ -381,6 +381,22 @@ def residual_blocks(dim, count):
     return blocks
 
 
+class Doubling(nn.ConvTranspose2d):
+    """The transposed 2x2 convolution of stride 2, as one matrix product: its patches do not overlap.
+
+    On the CPU its backward pass is 2.5 times as fast as PyTorch's in bfloat16, and as fast in float32 (results/LOG.md).
+    """
+
+    def __init__(self, dim):
+        super().__init__(dim, dim, 2, stride=2)
+
+    def forward(self, x):  # (B, C, H, W) -> (B, C, 2H, 2W)
+        b, c, h, w = x.shape
+        weight = self.weight.permute(2, 3, 1, 0).reshape(4 * c, c)  # rows by place in the patch, then channel
+        patches = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4)).view(b, h, w, 2, 2, c)
+        return patches.transpose(2, 3).reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+
+
 def encoder(hidden_dim, latent_dim, downsample, res_blocks):
     """Images (B, 3, S, S) -> latents (B, D, S/f, S/f); unbounded, either sign.
 
@@ -397,7 +413,7 @@ def decoder(hidden_dim, latent_dim, downsample, res_blocks):
     """Codes (B, D, S/f, S/f) -> images (B, 3, S, S), not clamped; the encoder mirrored."""
     layers = [nn.Conv2d(latent_dim, hidden_dim, 3, padding=1), *residual_blocks(hidden_dim, res_blocks)]
     for _ in range(int(math.log2(downsample)) - 1):
-        layers += [nn.ReLU(), nn.ConvTranspose2d(hidden_dim, hidden_dim, 2, stride=2)]
+        layers += [nn.ReLU(), Doubling(hidden_dim)]
     layers += [nn.ReLU(), nn.Conv2d(hidden_dim, 12, 3, padding=1), nn.PixelShuffle(2)]
     return nn.Sequential(*layers)
 

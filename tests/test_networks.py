@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import vqvae
 from vqvae import VQVAE, BAQuantizer, Config, VQEMAQuantizer
@@ -210,3 +211,15 @@ def test_weights_come_from_the_seed():
     one, two, other = (vqvae.make_model(Config(hidden_dim=8, latent_dim=4, seed=s)) for s in (1, 1, 2))
     assert torch.equal(one.encoder[1].weight, two.encoder[1].weight)
     assert not torch.equal(one.encoder[1].weight, other.encoder[1].weight)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (1, 3)])
+def test_doubling_is_the_transposed_convolution(size):
+    layer = vqvae.Doubling(6)
+    x = torch.randn(3, 6, *size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    expected = F.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
+    got = layer(x)
+    assert torch.allclose(got, expected, atol=1e-6) and got.is_contiguous(memory_format=torch.channels_last)
+    inputs, g = [x, layer.weight, layer.bias], torch.randn_like(expected)
+    for a, b in zip(torch.autograd.grad(got, inputs, g), torch.autograd.grad(expected, inputs, g)):
+        assert torch.allclose(a, b, atol=1e-4)
