@@ -56,6 +56,11 @@ def bits_per_pixel(model, indices, codebook_size, pixels):
     return {"fixed_length": math.ceil(math.log2(codebook_size)) * per_image / pixels, "entropy": entropy * per_image / pixels}
 
 
+def weights_digest(model):
+    """Tells the models apart whose codes are not each other's."""
+    return vqvae.digest(value for _, value in sorted(model.state_dict().items()) if torch.is_tensor(value))
+
+
 def save_npz(path, **arrays):
     vqvae.atomic_write(path, lambda file: np.savez_compressed(file, **arrays))
 
@@ -71,7 +76,8 @@ def encode_command(options, model, config):
         raise vqvae.UserError(f"split: the {options.split} split of this run is empty")
     indices = encode(model, images, refine=options.refine)
     kind = np.min_scalar_type(config.codebook_size - 1)
-    save_npz(options.output, indices=indices.numpy().astype(kind), codebook_size=config.codebook_size)
+    save_npz(options.output, indices=indices.numpy().astype(kind), codebook_size=config.codebook_size,
+             model=weights_digest(model))
     pixels = images.shape[1] * images.shape[2]
     bits = bits_per_pixel(model, indices, config.codebook_size, pixels)
     on_disk = Path(options.output).stat().st_size * 8 / (len(images) * pixels)
@@ -84,10 +90,13 @@ def decode_command(options, model, config):
     try:
         with np.load(options.input, allow_pickle=False) as stored:
             indices, size = stored["indices"], int(stored["codebook_size"])
+            weights = str(stored["model"]) if "model" in stored else None  # none in earlier versions
     except Exception as error:  # NumPy and zipfile raise many types on damaged or foreign files; all mean the same here
         raise vqvae.UserError(f"{options.input}: not a file of `export_codes.py encode` ({error})") from error
     if size != config.codebook_size:
         raise vqvae.UserError(f"{options.input}: codes of a codebook of {size}, the checkpoint has {config.codebook_size}")
+    if weights not in (None, weights_digest(model)):
+        raise vqvae.UserError(f"{options.input}: codes of another model than {options.checkpoint}; give the one that made them")
     if indices.ndim != 3 or not indices.size or indices.dtype.kind != "u" or indices.max() >= size:
         raise vqvae.UserError(f"{options.input}: indices must be unsigned (N, H, W) below {size}, not empty")
     images = decode(model, torch.from_numpy(indices.astype(np.int64)))

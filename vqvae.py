@@ -297,16 +297,27 @@ def broadcast(tensor):
     return tensor
 
 
+def forget_output():
+    """Send standard output nowhere, where writing to it failed, or Python complains of the same when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say(message):
-    """A line on standard output, from the first process only. Raises Interrupted where nobody reads it, as after `| head`."""
+    """A line on standard output, from the first process only.
+
+    Raises Interrupted where nobody reads it, as after `| head`, UserError where it cannot be written, as on a full disk.
+    """
     if rank() != 0:
         return
     try:
         print(message, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of the same when it ends
+        forget_output()
         raise Interrupted("stopped, since nobody reads the output; the same command, without --overwrite, resumes",
                           signal.SIGPIPE) from None
+    except OSError as error:
+        forget_output()
+        raise UserError(f"standard output: cannot write ({error.strerror}); free some space, the same command resumes") from None
 
 
 def pick_device(device: str = "auto") -> tuple[torch.device, str]:
@@ -471,6 +482,8 @@ def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | 
     p = distances.new_full((n,), 1 / n) if source is None else (source / source.sum()).to(distances)  # (N,)
     log_q = distances.new_full((k,), -math.log(k)) if prior is None else (prior / prior.sum()).log().to(distances)  # (K,)
     exponent = -beta * distances  # (N, K)
+    if not exponent.isfinite().all():
+        raise ValueError(f"beta {beta} times the distances is too much for {distances.dtype}")
     for _ in range(max_iterations):
         log_z = torch.logsumexp(log_q + exponent, dim=1)  # (N,) log partition function
         c = p @ torch.exp(exponent - log_z[:, None])  # (K,) growth of each code's marginal
@@ -765,13 +778,23 @@ def _surely_none(mask):
     return mask.device.type == "cpu" and not mask.any()
 
 
-class Quantizer(nn.Module):
+class Float32Module(nn.Module):
+    """Stays in float32 where a model around it is cast, as by .half(): sums over thousands of batches need it."""
+
+    def _apply(self, fn, recurse=True):
+        def device_only(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        return super()._apply(device_only, recurse)
+
+
+class Quantizer(Float32Module):
     """Nearest-code quantizer with a codebook kept as an exponential moving average.
 
     A subclass says how a batch of latents moves the codebook: `assign` returns the nearest codes and
     the batch statistics, `update` folds the statistics in. Everything here is float32, whatever
-    autocast says; statistics are summed over all processes; eval mode changes no state. The codes are
-    zero until the first batch in training mode places them.
+    autocast says or a model around it is cast to; statistics are summed over all processes; eval mode changes no state. The
+    codes are zero until the first batch in training mode places them.
 
     codebook_size K: values of an index; dim D; metric 'euclid' (squared distance) or 'cosine' (the same on unit vectors);
     ema_decay in [0, 1); commitment_weight: of the mean of (z - z_q)^2 over vectors and dimensions (van den Oord 2017
@@ -800,8 +823,8 @@ class Quantizer(nn.Module):
         codes = 2 * codebook_size if trellis else codebook_size
         self.ema_decay, self.commitment_weight, self.restart_threshold = ema_decay, commitment_weight, restart_threshold
         self.initialized = False
-        self.register_buffer("codebook", torch.zeros(codes, dim))
-        self.register_buffer("ema", torch.zeros(codes, dim + 1))  # per code: sum of vectors, count
+        self.register_buffer("codebook", torch.zeros(codes, dim, dtype=torch.float32))
+        self.register_buffer("ema", torch.zeros(codes, dim + 1, dtype=torch.float32))  # per code: sum of vectors, count
 
     def extra_repr(self):
         return f"{self.codebook_size}, {self.dim}, metric={self.metric!r}, ema_decay={self.ema_decay}, trellis={self.trellis}"
@@ -992,9 +1015,9 @@ class BAQuantizer(Quantizer):
         super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold, trellis)
         self.entropy_weight, self.ba_iters = entropy_weight, ba_iters
         self.temperature_start, self.temperature_end, self.anneal_fraction = temperature_start, temperature_end, anneal_fraction
-        self.register_buffer("log_w", torch.zeros(len(self.codebook)))
-        self.register_buffer("temperature", torch.tensor(float(temperature_start)))
-        self.register_buffer("distortion", torch.tensor(1.0))  # EMA of the squared distance to the nearest code
+        self.register_buffer("log_w", torch.zeros_like(self.codebook[:, 0]))
+        self.register_buffer("temperature", self.codebook.new_tensor(temperature_start))
+        self.register_buffer("distortion", self.codebook.new_tensor(1.0))  # EMA of the squared distance to the nearest code
 
     def set_progress(self, progress):
         """Set the relative temperature for this share of training, at least 0; beyond 1 it stays the last one."""
@@ -1034,7 +1057,7 @@ class BAQuantizer(Quantizer):
             self.log_w.copy_(torch.where(dead, self.log_w.mean(), self.log_w))
         counts = self.ema[:, -1:]  # (K, 1)
         centroids = self.ema[:, :-1] / counts.clamp_min(1e-12)
-        self.codebook.copy_(self._on_sphere(torch.where(counts > 1e-12, centroids, self.codebook)))
+        self.codebook.copy_(self._on_sphere(torch.where(counts <= 1e-12, self.codebook, centroids)))  # nan shows
 
 
 def checkerboard(size, device):
@@ -1059,7 +1082,7 @@ def join_halves(first: torch.Tensor, second: torch.Tensor, size: torch.Size) -> 
     return torch.cat([first, second], 1).index_select(1, _halves(size, first.device).argsort()).unflatten(1, size)
 
 
-class PredictiveQuantizer(nn.Module):
+class PredictiveQuantizer(Float32Module):
     """Two quantizers for the halves of a checkerboard: the second codes what the codes of the first do not tell.
 
     Neighbouring latents depend on each other, so codes chosen one by one say much of it twice, however evenly they are used.
@@ -1080,7 +1103,7 @@ class PredictiveQuantizer(nn.Module):
         self.trellis = first.trellis
         self.first, self.second, self.codebook_size, self.dim = first, second, first.codebook_size, first.dim
         self.predictor = nn.Sequential(nn.Conv2d(self.dim + 1, hidden_dim, 5, padding=2), nn.ReLU(),
-                                       nn.Conv2d(hidden_dim, self.dim, 1))
+                                       nn.Conv2d(hidden_dim, self.dim, 1)).float()
         for parameter in self.predictor[2].parameters():
             nn.init.zeros_(parameter)  # it predicts 0 until it has learned better
 
@@ -1127,7 +1150,7 @@ class PredictiveQuantizer(nn.Module):
         In training both quantizers learn. The gradient of the loss, not its value, then holds the squared error of the
         prediction, too; it reaches the predictor alone.
         """
-        least = 4 if self.first.trellis else 2
+        least = 4 if self.trellis else 2
         if z.dim() != 4 or z.shape[1] != self.dim or z.shape[2] * z.shape[3] < least or len(z) == 0:
             raise ValueError(f"expected (B, {self.dim}, H, W) of {least} latents or more, not empty, got {tuple(z.shape)}")
         size = z.shape[2:]
@@ -1196,6 +1219,8 @@ class VQVAE(nn.Module):
     def __init__(self, quantizer: nn.Module, hidden_dim: int = 128, latent_dim: int = 16, downsample: int = 4,
                  res_blocks: int = 2) -> None:
         super().__init__()
+        if downsample < 2 or downsample & (downsample - 1):
+            raise ValueError(f"downsample {downsample} must be 2, 4, 8, ...")
         self.downsample = downsample
         self.encoder = encoder(hidden_dim, latent_dim, downsample, res_blocks)
         self.quantizer = quantizer
@@ -1642,13 +1667,14 @@ def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size:
 @contextlib.contextmanager
 def eval_mode(model):
     """Eval mode and true float32 convolutions (TF32 would move indices and SSIM)."""
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield
     finally:
-        model.train(was_training)
+        for module, mode in modes:  # one by one: some may be frozen
+            module.training = mode
 
 
 def _autocast(device, dtype):
@@ -1663,13 +1689,21 @@ NOT_IDENTITY = {"data_dir", "cifar10_url", "device", "out_dir", "name", "resume"
 CHECKPOINT_NAME = re.compile(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pt")
 
 
+def digest(tensors):
+    """sha256 of the numbers in some tensors, as hexadecimal digits."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().flatten().numpy())
+    return sha.hexdigest()
+
+
 def atomic_write(path, write):
     """Call write(file) on a temporary file in the same folder, flush it to disk, rename it to `path`.
 
     Raises UserError where the disk is full or read-only; `path` then keeps its old content.
     """
     path = Path(path)
-    temporary = path.parent / f".{path.name}.tmp"
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"  # its own where two processes write one file
     try:
         with _writing(path), open(temporary, "wb") as file:
             write(file)
@@ -1879,10 +1913,11 @@ def model_state(model, config):
     return {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(), **peer_of(model.quantizer)}
 
 
-def save_checkpoint(folder, model, optimizer, config, step, losses, histogram, seconds):
+def save_checkpoint(folder, model, optimizer, config, step, losses, histogram, seconds, images):
     """Write a checkpoint after `step` steps; keep the newest two.
 
-    Losses (steps of an epoch, 2) and histogram of the unfinished epoch are those of all processes; seconds: spent in it so far.
+    Losses (steps of an epoch, 2) and histogram of the unfinished epoch are those of all processes; seconds: spent in it so far;
+    images: digest of those that are trained on.
     """
     losses, histogram = all_reduce(losses.clone()) / world_size(), all_reduce(histogram.clone())
     if rank() != 0:
@@ -1890,7 +1925,7 @@ def save_checkpoint(folder, model, optimizer, config, step, losses, histogram, s
     epochs, steps = divmod(step, len(losses))
     name = f"checkpoint_epoch_{epochs:04d}" + (f"_step_{steps:07d}" if steps else "")
     state = {**model_state(model, config), "optimizer": optimizer.state_dict(), "step": step, "losses": losses,
-             "histogram": histogram, "seconds": seconds}
+             "histogram": histogram, "seconds": seconds, "images": images}
     atomic_write(folder / f"{name}.pt", lambda file: torch.save(state, file))
     for old in checkpoints(folder)[:-2]:
         old.unlink()
@@ -2174,6 +2209,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
 
     train_set, val_set = training_images(config)
     test_set = test_images(config)
+    images = digest([train_set, val_set])
     train_set = train_set.to(device)
     if config.batch_size > len(train_set):
         raise UserError(f"batch_size: {config.batch_size} is more than the {len(train_set)} training images; lower it")
@@ -2192,7 +2228,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
         model.decoder.compile()
 
     with locked(folder), _deterministic(config.deterministic), _Signals() as signals:
-        step, losses, histogram, spent = restore(config, folder, model, optimizer, steps_per_epoch)
+        step, losses, histogram, spent = restore(config, folder, model, optimizer, steps_per_epoch, images)
         wandb_run = start_wandb(config, folder)
         share = config.batch_size // world_size()  # images of a step for each process
         set_progress = getattr(model.quantizer, "set_progress", lambda progress: None)
@@ -2231,7 +2267,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
                 losses.zero_()
                 histogram.zero_()
                 spent = 0.0
-            save_checkpoint(folder, model, optimizer, config, step, losses, histogram, spent)
+            save_checkpoint(folder, model, optimizer, config, step, losses, histogram, spent, images)
             signum = signum or signals.agreed(0)
             if signum:
                 raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
@@ -2246,16 +2282,18 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
         return metrics
 
 
-def restore(config, folder, model, optimizer, steps_per_epoch):
+def restore(config, folder, model, optimizer, steps_per_epoch, images):
     """Continue from the newest checkpoint, if any: (step, this epoch's losses (steps, 2), code histogram, seconds).
 
-    Raises UserError where the checkpoint is damaged or of another quantizer, or an epoch has another number of steps, since
-    images came or went.
+    Raises UserError where the checkpoint is damaged or of another quantizer or other images (by their digest), or there is none
+    though --resume asks for one.
     """
     if rank() == 0:
         check_run_folder(config)  # again, now that no other process can write here
         if config.overwrite:
             clear_run_folder(folder)
+        for left in folder.glob(".*.pt.*.tmp"):  # half a checkpoint, of a process that was killed
+            left.unlink()
     if dist.is_initialized():
         dist.barrier()
     device = next(model.parameters()).device
@@ -2269,14 +2307,15 @@ def restore(config, folder, model, optimizer, steps_per_epoch):
         load_state(model, state, saved[-1])
         if not {"optimizer", "step", "losses", "histogram"} <= set(state):
             raise UserError(f"{saved[-1]}: is no checkpoint of training; remove it")
-        if len(state["losses"]) != steps_per_epoch:
-            raise UserError(f"{folder}: its epochs have {len(state['losses'])} steps, with the images there are now "
-                            f"{steps_per_epoch}; bring the old images back or choose another --name")
+        if len(state["losses"]) != steps_per_epoch or state.get("images", images) != images:  # none in earlier versions
+            raise UserError(f"{folder}: the images have changed since it began; bring the old ones back or choose another --name")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})  # settings as on this device
         step, seconds = state["step"], state.get("seconds", 0.0)  # none in earlier versions
         losses.copy_(state["losses"])
         histogram.copy_(state["histogram"] if rank() == 0 else 0)
         say(f"resuming {folder} from {saved[-1].name} (step {step} of {steps_per_epoch * config.epochs})")
+    elif config.resume:
+        raise UserError(f"{folder}: has no checkpoint to resume; drop --resume to start it again")
     if rank() == 0:
         write_text(folder / "config.yaml", config_yaml(config))
         for log in ("metrics.jsonl", "timing.jsonl"):
@@ -2369,6 +2408,10 @@ def run_command(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        forget_output()
+        print("stopped, since nobody reads the output", file=sys.stderr)
+        return 128 + signal.SIGPIPE
     except (MemoryError, RuntimeError) as error:
         reason = str(error).replace("\n", " ").split(". ")[0]
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -114,6 +114,11 @@ def test_marginals_permutation_and_optimality(seed, beta):
         assert rate + beta * (P * distances).sum(1).mean() >= lagrangian - 2e-6
 
 
+def test_a_slope_too_steep_for_the_dtype_is_named():
+    with pytest.raises(ValueError, match="too much for torch.float32"):
+        blahut_arimoto(torch.rand(4, 3), 1e39)
+
+
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), beta=st.floats(0.5, 10))
 def test_the_objective_never_rises(seed, beta):

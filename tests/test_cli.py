@@ -380,6 +380,22 @@ def test_a_reader_that_leaves_ends_a_run_without_a_traceback(tiny, tmp_path):
     assert vqvae.checkpoints(tmp_path / "experiments" / "tiny")
 
 
+def test_output_that_cannot_be_written_gives_one_line(tiny, tiny_config, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    flags = [w for k, v in tiny(epochs=1).items() for w in (f"--{k}", str(v))]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], stdout=full, stderr=subprocess.PIPE, text=True,
+                              env=environment)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "standard output: cannot write" in done.stderr
+    vqvae.train(tiny_config(epochs=1))
+    folder = tmp_path / "experiments" / "tiny"
+    with subprocess.Popen([sys.executable, str(ROOT / "analysis.py"), str(folder)], env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # before it has printed anything
+        err = process.stderr.read()
+    assert process.returncode == 128 + 13 and err.count("\n") == 1 and "nobody reads the output" in err
+
+
 @pytest.mark.parametrize(("script", "policy", "spins"), [
     ("train", {}, "0"), ("eval_cifar", {}, "0"), ("export_codes", {}, "0"), ("analysis", {}, "0"),
     ("train", {"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"),

@@ -100,6 +100,19 @@ def test_bits_per_pixel_by_hand():
         assert export_codes.bits_per_pixel(model, indices, 5, 16) == pytest.approx(expected)
 
 
+def test_codes_of_another_model_are_refused(checkpoint, tiny_config, tmp_path, capsys):
+    codes, images = tmp_path / "codes.npz", tmp_path / "images.npz"
+    assert not run("encode", "--checkpoint", checkpoint, "--output", codes)
+    other = tiny_config(epochs=1, seed=1, name="other")
+    vqvae.train(other)
+    capsys.readouterr()
+    assert run("decode", "--checkpoint", vqvae.Path(other.out_dir) / "other", "--input", codes, "--output", images) == 2
+    assert "codes of another model" in capsys.readouterr().err and not images.exists()
+    with np.load(codes) as stored:  # as in earlier versions
+        np.savez(codes, indices=stored["indices"], codebook_size=stored["codebook_size"])
+    assert not run("decode", "--checkpoint", checkpoint, "--input", codes, "--output", images)
+
+
 def test_bad_files_give_one_line(checkpoint, tmp_path, capsys):
     good = np.zeros((2, 4, 4), np.uint8)
     np.savez(tmp_path / "size.npz", indices=good, codebook_size=99)

@@ -59,6 +59,20 @@ def test_encode_decode_equals_forward_in_eval_mode():
     assert torch.allclose(model.decode(indices), out.images.clamp(0, 1), atol=1e-6)
 
 
+@pytest.mark.parametrize("downsample", [1, 3, 6])
+def test_only_powers_of_two_are_halvings(downsample):
+    with pytest.raises(ValueError, match="downsample"):
+        VQVAE(BAQuantizer(16, 4), 8, 4, downsample)
+
+
+def test_what_is_frozen_stays_frozen_after_an_evaluation():
+    model = VQVAE(BAQuantizer(16, 4), 8, 4).train()
+    model(torch.rand(2, 3, 16, 16))
+    model.quantizer.eval()
+    vqvae.evaluate(model, torch.zeros(2, 16, 16, 3, dtype=torch.uint8), 16)
+    assert model.training and model.encoder.training and not model.quantizer.training
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 30, 32), (2, 1, 32, 32), (3, 32, 32)])
 def test_wrong_images_are_refused(shape):
     with pytest.raises(ValueError, match="expected images"):

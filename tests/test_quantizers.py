@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vqvae
-from vqvae import BAQuantizer, VQEMAQuantizer, blahut_arimoto, nearest_code, prior_step, soft_assign
+from vqvae import BAQuantizer, PredictiveQuantizer, VQEMAQuantizer, blahut_arimoto, nearest_code, prior_step, soft_assign
 
 
 def dense_assignment(z, codebook, log_w, temperature):
@@ -391,6 +391,42 @@ def test_half_precision_input_keeps_float32_state(dtype):
             out = quantizer.train()(z.to(dtype))
         assert out.z_q.dtype == dtype and out.loss.dtype == torch.float32
         assert all(b.dtype == torch.float32 for b in quantizer.buffers())
+
+
+@pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double])
+def test_a_cast_model_has_a_quantizer_in_float32(cast):
+    quantizer = PredictiveQuantizer(BAQuantizer(8, 4), VQEMAQuantizer(8, 4)).train()
+    quantizer(torch.randn(5, 4, 4, 4))
+    before = {key: value for key, value in quantizer.state_dict().items() if torch.is_tensor(value)}
+    model = cast(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), quantizer))
+    assert model[0].weight.dtype != torch.float32
+    for key, value in before.items():
+        assert torch.equal(quantizer.state_dict()[key], value) and value.dtype == torch.float32
+    x = torch.randn(5, 3, 4, 4, dtype=model[0].weight.dtype)
+    z_q, _, loss = model(x)
+    assert z_q.dtype == x.dtype and loss.isfinite()
+
+
+def test_float32_whatever_the_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        quantizer = PredictiveQuantizer(BAQuantizer(8, 4), BAQuantizer(8, 4)).train()
+        z_q, _, loss = quantizer(torch.randn(5, 4, 4, 4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert z_q.dtype == torch.float64 and loss.dtype == torch.float32 and quantizer.codebook.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
+def test_a_batch_that_is_not_finite_shows_in_the_codes(kind, bad):
+    """A codebook that stops moving, without a word, would be worse."""
+    quantizer = kind(8, 4).train()
+    z = torch.randn(50, 4)
+    quantizer(z)
+    z[0, 0] = bad
+    quantizer(z)
+    assert not quantizer.codebook.isfinite().all()
 
 
 def test_nearest_is_float32_under_autocast():

@@ -113,6 +113,15 @@ def test_a_sweep_without_a_place_to_write(tmp_path, capsys):
     assert "choose another --out_dir" in err and err.count("\n") == 1
 
 
+def test_the_reason_of_a_failure_is_its_error_line(tmp_path, monkeypatch):
+    """Not the last line: an earlier process that still trains this run may write to the same log."""
+    (tmp_path / "train.py").write_text("import sys\nprint('error: another process is training this run')\n"
+                                       "print('epoch 7/9  recon 0.1')\nsys.exit(2)\n")
+    monkeypatch.setattr(run_gpu_experiments, "SCRIPTS", tmp_path)
+    sweep = run_gpu_experiments.Sweep([None], None)
+    assert sweep.run([], tmp_path / "run.log") == "error: another process is training this run"
+
+
 def test_a_failing_run_does_not_stop_the_others_and_only_it_is_repeated(script, tmp_path):
     words = ["--only", "k256_cosine", "--epochs", "1", *SMALL]
     folder = tmp_path / "experiments"

@@ -228,13 +228,30 @@ def test_an_overwrite_that_was_stopped_can_be_repeated(tiny_config, monkeypatch)
         vqvae.train(tiny_config(epochs=1, overwrite=True))
 
 
-def test_a_data_set_that_changed_its_size_is_not_resumed(tiny_config, monkeypatch):
+@pytest.mark.parametrize("change", ["more", "more, but no more steps", "others"])
+def test_a_run_whose_images_have_changed_is_not_resumed(tiny_config, monkeypatch, change):
     vqvae.train(tiny_config(train_subset=None))
     folder = vqvae.Path(tiny_config().out_dir) / "tiny"
     (folder / "final_metrics.json").unlink()
-    monkeypatch.setattr(vqvae, "DEAD_LEAVES_SIZES", {True: 260, False: 60})
-    with pytest.raises(vqvae.UserError, match="epochs have 6 steps.*there are now 10"):
+    size = {"more": 260, "more, but no more steps": 203, "others": 200}[change]
+    monkeypatch.setattr(vqvae, "DEAD_LEAVES_SIZES", {True: size, False: 60})
+    if change == "others":
+        load = vqvae.training_images
+        monkeypatch.setattr(vqvae, "training_images", lambda config: (load(config)[0].flip(0), load(config)[1]))
+    with pytest.raises(vqvae.UserError, match="the images have changed since it began; bring the old ones back"):
         vqvae.train(tiny_config(train_subset=None))
+
+
+def test_a_checkpoint_from_before_the_images_were_kept_is_resumed(tiny_config):
+    metrics = vqvae.train(tiny_config())
+    folder = vqvae.Path(tiny_config().out_dir) / "tiny"
+    (folder / "final_metrics.json").unlink()
+    newest = vqvae.checkpoints(folder)[-1]
+    state = torch.load(newest, weights_only=True)
+    del state["images"]
+    torch.save(state, newest)
+    (folder / ".checkpoint_epoch_0001.pt.17.tmp").write_bytes(b"half of one")  # of a process that was killed
+    assert vqvae.train(tiny_config()) == metrics and not list(folder.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{"])
@@ -269,6 +286,14 @@ def test_two_runs_of_one_name_at_once(tiny_config):
 def test_resume_flag_needs_a_run(tiny_config):
     with pytest.raises(vqvae.UserError, match="no run to resume"):
         vqvae.train(tiny_config(resume=True))
+    vqvae.train(tiny_config())
+    folder = vqvae.Path(tiny_config().out_dir) / "tiny"
+    for path in (folder / "final_metrics.json", *vqvae.checkpoints(folder)):
+        path.unlink()
+    before = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(vqvae.UserError, match="no checkpoint to resume"):
+        vqvae.train(tiny_config(resume=True))
+    assert (folder / "metrics.jsonl").read_text() == before
 
 
 def test_a_run_that_began_while_this_one_read_its_images_is_seen(tiny_config, monkeypatch):
