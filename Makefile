@@ -2,8 +2,8 @@
 # make test   set up .venv, run the linter, the type checker and the tests, report coverage
 PYTHON ?= python3
 PY := .venv/bin/python
-# As in train.py, for the other scripts, too: threads that wait sleep, not spin (results/LOG.md).
-export OMP_WAIT_POLICY ?= PASSIVE
+# As in train.py, for the tests, too: how long threads that wait spin before they sleep.
+export GOMP_SPINCOUNT ?= 3000
 QUICK := --dataset dead_leaves --hidden_dim 64 --latent_dim 8 --codebook_size 512 --epochs 4 --no_wandb
 
 .PHONY: run test clean

@@ -14,7 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-import train  # before PyTorch: has its threads sleep while they wait
+import train  # before PyTorch: says how its threads wait
 
 # isort: split
 import numpy as np

@@ -22,7 +22,7 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-import train  # before PyTorch: has its threads sleep while they wait
+import train  # before PyTorch: says how its threads wait
 
 # isort: split
 import numpy as np

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import train  # before PyTorch: has its threads sleep while they wait
+import train  # before PyTorch: says how its threads wait
 
 # isort: split
 import torch

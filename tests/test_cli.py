@@ -397,10 +397,10 @@ def test_output_that_cannot_be_written_gives_one_line(tiny, tiny_config, tmp_pat
 
 
 @pytest.mark.parametrize(("script", "policy", "spins"), [
-    ("train", {}, "0"), ("eval_cifar", {}, "0"), ("export_codes", {}, "0"), ("analysis", {}, "0"),
-    ("train", {"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"),
+    *((script, {}, "3000") for script in ("train", "eval_cifar", "export_codes", "analysis", "run_gpu_experiments")),
+    ("train", {"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"), ("train", {"GOMP_SPINCOUNT": "7"}, "7"),
 ])
-def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(script, policy, spins):
+def test_threads_spin_a_little_while_they_wait_unless_the_user_says_otherwise(script, policy, spins):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     done = subprocess.run([sys.executable, "-c", f"import {script}"], cwd=ROOT, capture_output=True, text=True,
                           env={**environment, **policy, "OMP_DISPLAY_ENV": "VERBOSE"})
