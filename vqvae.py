@@ -1057,7 +1057,7 @@ class BAQuantizer(Quantizer):
             self.log_w.copy_(torch.where(dead, self.log_w.mean(), self.log_w))
         counts = self.ema[:, -1:]  # (K, 1)
         centroids = self.ema[:, :-1] / counts.clamp_min(1e-12)
-        self.codebook.copy_(self._on_sphere(torch.where(counts <= 1e-12, self.codebook, centroids)))  # nan shows
+        self.codebook.copy_(self._on_sphere(torch.where(counts <= 1e-12, self.codebook, centroids)))  # <=: nan shows
 
 
 def checkerboard(size, device):
