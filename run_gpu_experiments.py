@@ -80,7 +80,8 @@ class Sweep:
                     self.processes.discard(process)
             if code == 2:  # one line says why: bad input, say, or another process is training this run
                 errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
-                return errors[-1] if errors else "exit code 2"
+                if errors:
+                    return errors[-1]
             return "finished" if code == 0 else f"exit code {code}"
         except OSError as error:
             return f"could not start: {error}"

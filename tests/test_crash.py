@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -40,6 +39,7 @@ def deadly(function, countdown, after):
             os.kill(os.getpid(), signal.SIGKILL)
     return call
 
+began = time.monotonic()  # not before: the imports take longer than the run
 for attempt in range(crashes + 1):
     countdown, after, pause = [seed.randint(1, 18)], seed.random() < 0.5, seed.uniform(0, longest)
     child = os.fork()
@@ -55,7 +55,7 @@ for attempt in range(crashes + 1):
     for path in vqvae.Path(config.out_dir, config.name).glob("*.*"):  # every final name holds a whole file
         if path.suffix in readers and not path.name.startswith("."):
             readers[path.suffix](path)
-print("killed", crashes, "times")
+print("killed", crashes, "times, seconds:", time.monotonic() - began)
 """
 
 
@@ -83,11 +83,10 @@ def test_killed_at_random_moments(tiny, tmp_path):
         assert done.returncode == 0, done.stderr
         return tmp_path / "experiments" / name, done.stdout
 
-    began = time.monotonic()
-    whole, _ = run("whole", 0, 0)
-    seconds = time.monotonic() - began
+    whole, output = run("whole", 0, 0)
+    seconds = float(output.split()[-1])
     killed, output = run("killed", CRASHES, 2 * seconds / CRASHES)  # a slow machine is given longer to get on
-    assert output.count("resuming") >= CRASHES / 4  # a fast machine is done before the last kills
+    assert output.count("resuming") > CRASHES / 2
     assert_same_run(whole, killed)
 
 

@@ -228,16 +228,17 @@ def test_an_overwrite_that_was_stopped_can_be_repeated(tiny_config, monkeypatch)
         vqvae.train(tiny_config(epochs=1, overwrite=True))
 
 
-@pytest.mark.parametrize("change", ["more", "more, but no more steps", "others"])
+@pytest.mark.parametrize("change", ["more", "more, but no more steps", "other training images", "other validation images"])
 def test_a_run_whose_images_have_changed_is_not_resumed(tiny_config, monkeypatch, change):
     vqvae.train(tiny_config(train_subset=None))
     folder = vqvae.Path(tiny_config().out_dir) / "tiny"
     (folder / "final_metrics.json").unlink()
-    size = {"more": 260, "more, but no more steps": 203, "others": 200}[change]
+    size = {"more": 260, "more, but no more steps": 203}.get(change, 200)
     monkeypatch.setattr(vqvae, "DEAD_LEAVES_SIZES", {True: size, False: 60})
-    if change == "others":
-        load = vqvae.training_images
-        monkeypatch.setattr(vqvae, "training_images", lambda config: (load(config)[0].flip(0), load(config)[1]))
+    train_set, val_set = vqvae.training_images(tiny_config(train_subset=None))
+    if change.startswith("other"):
+        sets = (train_set.flip(0), val_set) if "training" in change else (train_set, val_set.flip(0))
+        monkeypatch.setattr(vqvae, "training_images", lambda config: sets)
     with pytest.raises(vqvae.UserError, match="the images have changed since it began; bring the old ones back"):
         vqvae.train(tiny_config(train_subset=None))
 
@@ -436,6 +437,20 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="not JSON"):
         vqvae.write_json(target, {"psnr": float("nan")})
     assert target.read_bytes() == b"good" and list(tmp_path.iterdir()) == [target]
+
+
+def test_two_processes_that_write_one_file_each_write_a_whole_one(tmp_path, monkeypatch):
+    target = tmp_path / "file.bin"
+
+    def write(file):
+        file.write(b"first")
+        with monkeypatch.context() as other:
+            other.setattr(vqvae.os, "getpid", lambda: 0)
+            vqvae.atomic_write(target, lambda file: file.write(b"the other's"))
+        assert target.read_bytes() == b"the other's"
+
+    vqvae.atomic_write(target, write)
+    assert target.read_bytes() == b"first" and list(tmp_path.iterdir()) == [target]
 
 
 def test_only_two_checkpoints_are_kept(tiny_config):
