@@ -82,7 +82,8 @@ def one_seed(folders):
 def method(config):
     """Short label of a quantizer and its recipe."""
     name = f"VQ-EMA {config.vq_recipe}" if config.quantizer == "vq_ema" else f"BA-VQ λ={config.entropy_weight:g}"
-    return (name + (" cosine" if config.metric == "cosine" else "") + (" predictive" if config.prediction != "none" else "")
+    prediction = {"none": "", "checkerboard": " predictive", "scaled": " scaled"}[config.prediction]
+    return (name + (" cosine" if config.metric == "cosine" else "") + prediction
             + (" trellis" if config.trellis != "none" else ""))
 
 

@@ -22,6 +22,7 @@ Sources, cited below by name:
     Cuturi 2013         Sinkhorn distances: lightspeed computation of optimal transport, arXiv 1306.0895
     Lee 2001            Occlusion models for natural images, Lee, Mumford & Huang, IJCV 41
     Cuperman 1985       Vector predictive coding of speech at 16 kbit/s, Cuperman & Gersho, IEEE Trans. Communications 33(7)
+    Chen 1987           Gain-adaptive vector quantization with application to speech coding, Chen & Gersho, same journal, 35(9)
     He 2021             Checkerboard context model for efficient learned image compression, arXiv 2103.15306
     Wang 2004           Image quality assessment: from error visibility to structural similarity
 """
@@ -134,9 +135,10 @@ class Config:
                                     low=0, high=1)
     ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
     prediction: str | None = option(None, "'checkerboard': every second latent is predicted from the codes around it, and the "
-                                    "difference has codes of its own (default: checkerboard; none for cosine, vq_ema "
+                                    "difference has codes of its own; 'scaled': they tell how large it will be, too, and the "
+                                    "codes are as much larger or smaller (default: checkerboard; none for cosine, vq_ema "
                                     "classical, images of one latent)",
-                                    choices=("none", "checkerboard"))
+                                    choices=("none", "checkerboard", "scaled"))
     trellis: str = option("none", "'4': the codes of an image are chosen jointly, along a path through a trellis of four states, "
                           "each among codebook_size of twice as many codes", choices=("none", "4"))
     # training
@@ -1082,6 +1084,9 @@ def join_halves(first: torch.Tensor, second: torch.Tensor, size: torch.Size) -> 
     return torch.cat([first, second], 1).index_select(1, _halves(size, first.device).argsort()).unflatten(1, size)
 
 
+SCALE_POWER = 0.75  # of the expected size of a difference: between equal error everywhere, 0, and error in proportion, 1
+
+
 class PredictiveQuantizer(Float32Module):
     """Two quantizers for the halves of a checkerboard: the second codes what the codes of the first do not tell.
 
@@ -1090,22 +1095,25 @@ class PredictiveQuantizer(Float32Module):
     5 x 5 latents around, and the difference is coded (predictive vector quantization, Cuperman 1985). Decoding does the same
     in two steps. An index has K values in both halves; each half has K codes of its own, since latents and differences differ.
 
-    first, second: quantizers of the same codebook_size, dim and trellis, metric 'euclid'; hidden_dim: width of the predictor.
-    Raises ValueError where they are not.
+    Differences are small where the image is smooth and large where it is not. Scaled, each is divided by a power of the size
+    that the codes around it let expect (gain-adaptive vector quantization, Chen 1987), so all K codes serve everywhere.
+
+    first, second: quantizers of the same codebook_size, dim and trellis, metric 'euclid'; hidden_dim: width of the predictor;
+    scaled: whether differences are. Raises ValueError where the quantizers are not alike.
     """
 
-    def __init__(self, first: Quantizer, second: Quantizer, hidden_dim: int = 64) -> None:
+    def __init__(self, first: Quantizer, second: Quantizer, hidden_dim: int = 64, scaled: bool = False) -> None:
         super().__init__()
         if (first.codebook_size, first.dim) != (second.codebook_size, second.dim) or "cosine" in (first.metric, second.metric):
             raise ValueError("first and second must have the same codebook_size and dim, and metric 'euclid'")
         if first.trellis != second.trellis:
             raise ValueError("first and second must both have a trellis, or neither")
-        self.trellis = first.trellis
+        self.trellis, self.scaled = first.trellis, scaled
         self.first, self.second, self.codebook_size, self.dim = first, second, first.codebook_size, first.dim
         self.predictor = nn.Sequential(nn.Conv2d(self.dim + 1, hidden_dim, 5, padding=2), nn.ReLU(),
-                                       nn.Conv2d(hidden_dim, self.dim, 1)).float()
+                                       nn.Conv2d(hidden_dim, self.dim + scaled, 1)).float()
         for parameter in self.predictor[2].parameters():
-            nn.init.zeros_(parameter)  # it predicts 0 until it has learned better
+            nn.init.zeros_(parameter)  # it predicts 0, and a scale of 1, until it has learned better
 
     @property
     def initialized(self):
@@ -1121,13 +1129,18 @@ class PredictiveQuantizer(Float32Module):
         self.first.set_progress(progress)
         self.second.set_progress(progress)
 
-    def predict(self, codes: torch.Tensor, size: torch.Size) -> torch.Tensor:
-        """Latents of the second half (B, m, D) as codes of the first (B, n, D) tell them, in a grid of `size`. In float32."""
+    def predict(self, codes: torch.Tensor, size: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+        """What codes of the first half (B, n, D), in a grid of `size`, tell of the latents of the second. In float32.
+
+        Returns their mean (B, m, D), and log of the root of the mean squared difference from it (B, m, 1), 0 unless scaled.
+        """
         known = F.pad(codes, (0, 1), value=1.0)  # (B, n, D + 1): the 1 tells codes from what is unknown or outside
         unknown = known.new_zeros(len(codes), size[0] * size[1] - codes.shape[1], self.dim + 1)
         grid = join_halves(known, unknown, size).permute(0, 3, 1, 2)  # (B, D + 1, H, W)
         with torch.autocast(codes.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return split_halves(self.predictor(grid).permute(0, 2, 3, 1))[1]
+            told = split_halves(self.predictor(grid).permute(0, 2, 3, 1))[1]  # (B, m, D), scaled (B, m, D + 1)
+        mean = told[..., :self.dim]
+        return mean, told[..., self.dim:] if self.scaled else torch.zeros_like(mean[..., :1])
 
     def code_numbers(self, indices: torch.Tensor) -> torch.Tensor:
         """Which codes indices (B, H, W) int64 in [0, K) stand for, in their shape, those of the second half after the first's."""
@@ -1140,7 +1153,9 @@ class PredictiveQuantizer(Float32Module):
         """Look up codes: indices (B, H, W) int64 -> (B, H, W, D), predictions included; no gradient."""
         first, second = split_halves(indices)
         codes = self.first.codes(first)  # (B, n, D)
-        return join_halves(codes, self.predict(codes, indices.shape[1:]) + self.second.codes(second), indices.shape[1:])
+        mean, log_size = self.predict(codes, indices.shape[1:])
+        second = mean + (SCALE_POWER * log_size).exp() * self.second.codes(second)  # (B, m, D)
+        return join_halves(codes, second, indices.shape[1:])
 
     def forward(self, z: torch.Tensor) -> Quantized:
         """z (B, D, H, W), any float dtype -> Quantized(z_q, indices, loss). Raises ValueError on others.
@@ -1148,7 +1163,7 @@ class PredictiveQuantizer(Float32Module):
         A grid has two latents or more, with a trellis four, a path of two in each half.
 
         In training both quantizers learn. The gradient of the loss, not its value, then holds the squared error of the
-        prediction, too; it reaches the predictor alone.
+        prediction, too, and scaled the negative log-likelihood of its size under a Gaussian; it reaches the predictor alone.
         """
         least = 4 if self.trellis else 2
         if z.dim() != 4 or z.shape[1] != self.dim or z.shape[2] * z.shape[3] < least or len(z) == 0:
@@ -1157,15 +1172,21 @@ class PredictiveQuantizer(Float32Module):
         first, second = split_halves(z.permute(0, 2, 3, 1).float())  # (B, n, D), (B, m, D)
         first_codes, first_indices, first_loss = self.first(first.mT)
         first_codes = first_codes.mT  # (B, n, D)
-        predicted = self.predict(first_codes.detach(), size)  # (B, m, D)
-        second_codes, second_indices, second_loss = self.second((second - predicted.detach()).mT)
-        z_q = join_halves(first_codes, predicted.detach() + second_codes.mT, size)  # (B, H, W, D)
+        mean, log_size = self.predict(first_codes.detach(), size)  # (B, m, D), (B, m, 1)
+        scale = (SCALE_POWER * log_size.detach()).exp()
+        second_codes, second_indices, _ = self.second(((second - mean.detach()) / scale).mT)
+        second_codes = mean.detach() + scale * second_codes.mT  # (B, m, D)
+        second_loss = self.second.commitment_weight * F.mse_loss(second, second_codes.detach())
         indices = join_halves(first_indices, second_indices, size)
         share = second.shape[1] / (size[0] * size[1])
         loss = (1 - share) * first_loss + share * second_loss  # of the mean over all latents
         if self.training:
-            error = F.mse_loss(predicted, second.detach())
+            error = F.mse_loss(mean, second.detach())
+            if self.scaled:  # negative log-likelihood of a Gaussian, per dimension
+                square = (second - mean).detach().square().mean(-1, keepdim=True)  # (B, m, 1)
+                error = error + (0.5 * square * (-2 * log_size).exp() + log_size).mean()
             loss = loss + (error - error.detach())
+        z_q = join_halves(first_codes, second_codes, size)  # (B, H, W, D)
         return Quantized(z_q.permute(0, 3, 1, 2).to(z.dtype), indices, loss)
 
 
@@ -1174,9 +1195,9 @@ OWN_QUANTIZERS = (VQEMAQuantizer, BAQuantizer, PredictiveQuantizer)  # not those
 
 def make_quantizer(config):
     """The quantizer that a Config describes."""
-    if config.prediction == "checkerboard":
+    if config.prediction != "none":
         plain = dataclasses.replace(config, prediction="none")
-        return PredictiveQuantizer(make_quantizer(plain), make_quantizer(plain))
+        return PredictiveQuantizer(make_quantizer(plain), make_quantizer(plain), scaled=config.prediction == "scaled")
     common = dict(codebook_size=config.codebook_size, dim=config.latent_dim, metric=config.metric, ema_decay=config.ema_decay,
                   commitment_weight=config.commitment_weight, restart_threshold=config.restart_threshold,
                   trellis=config.trellis != "none")

@@ -15,10 +15,10 @@ import vqvae
 from vqvae import BAQuantizer, Config, PredictiveQuantizer, VQEMAQuantizer
 
 
-def trained(kind=BAQuantizer, size=(5, 4), steps=3):
+def trained(kind=BAQuantizer, size=(5, 4), steps=3, scaled=False):
     """A quantizer of 8 codes in 3 dimensions whose predictor is not zero, and latents (6, 3, H, W)."""
     z = torch.randn(6, 3, *size)
-    quantizer = PredictiveQuantizer(kind(8, 3), kind(8, 3), hidden_dim=7).train()
+    quantizer = PredictiveQuantizer(kind(8, 3), kind(8, 3), hidden_dim=7, scaled=scaled).train()
     for parameter in quantizer.predictor.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     for _ in range(steps):
@@ -38,24 +38,26 @@ def by_hand(quantizer, z):
             for i, j in places:
                 if (i + j) % 2 != half:
                     continue
-                predicted = torch.zeros(dim)
+                predicted, scale = torch.zeros(dim), 1.0
                 if half == 1:
                     hidden = conv.bias.clone()
                     for u, v in places:
                         if abs(u - i) <= 2 and abs(v - j) <= 2:
                             mark = torch.tensor([float((u + v) % 2 == 0)])
                             hidden += conv.weight[:, :, u - i + 2, v - j + 2] @ torch.cat([known[b, :, u, v], mark])
-                    predicted = last.weight[:, :, 0, 0] @ hidden.relu() + last.bias
-                codebook = (quantizer.second if half else quantizer.first).codebook
+                    told = last.weight[:, :, 0, 0] @ hidden.relu() + last.bias
+                    predicted = told[:dim]
+                    scale = told[dim:].exp() ** 0.75 if quantizer.scaled else scale
+                codebook = scale * (quantizer.second if half else quantizer.first).codebook
                 k = (z[b, :, i, j] - predicted - codebook).square().sum(1).argmin()
                 codes[b, :, i, j], indices[b, i, j] = predicted + codebook[k], k
     return codes.detach(), indices
 
 
 @pytest.mark.parametrize("size", [(5, 4), (1, 2), (2, 1), (1, 7)])
-@pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
-def test_codes_by_hand(kind, size):
-    quantizer, z = trained(kind, size)
+@pytest.mark.parametrize("kind, scaled", [(VQEMAQuantizer, False), (BAQuantizer, False), (BAQuantizer, True)])
+def test_codes_by_hand(kind, scaled, size):
+    quantizer, z = trained(kind, size, scaled=scaled)
     codes, indices = by_hand(quantizer, z)
     z_q, found, loss = quantizer.eval()(z)
     assert torch.equal(found, indices) and torch.allclose(z_q, codes, atol=1e-5)
@@ -71,22 +73,27 @@ def test_training_step_sees_the_codes_from_before_it():
     assert torch.equal(indices, expected[1]) and torch.allclose(z_q, expected[0], atol=1e-5)
 
 
-def test_gradients():
-    """Straight-through to every latent; the loss is the commitment's, and its gradient also the predictor's error."""
-    quantizer, z = trained()
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients(scaled):
+    """Straight-through to every latent; the loss is the commitment's, and its gradient also the predictor's errors."""
+    quantizer, z = trained(scaled=scaled)
     z.requires_grad_()
     codes, _ = by_hand(quantizer, z.detach())
     before = copy.deepcopy(quantizer)
     z_q, _, loss = quantizer(z)
     weights = torch.randn_like(z)
     through, = torch.autograd.grad((z_q * weights).sum(), z, retain_graph=True)
-    assert torch.equal(through, weights)
+    assert torch.allclose(through, weights)
     assert loss.item() == pytest.approx(0.25 * F.mse_loss(z, codes).item(), rel=1e-4)
     gradients = torch.autograd.grad(loss, [z, *quantizer.predictor.parameters()])
     assert torch.allclose(gradients[0], 0.25 * 2 * (z - codes) / z.numel(), atol=1e-6)
     known, _ = vqvae.split_halves(codes.permute(0, 2, 3, 1))
     _, wanted = vqvae.split_halves(z.detach().permute(0, 2, 3, 1))
-    error = F.mse_loss(before.predict(known, z.shape[2:]), wanted)
+    mean, log_size = before.predict(known, z.shape[2:])
+    error = F.mse_loss(mean, wanted)
+    if scaled:
+        likelihood = torch.distributions.Normal(mean.detach(), log_size.exp()).log_prob(wanted)
+        error = error - likelihood.mean()
     for got, expected in zip(gradients[1:], torch.autograd.grad(error, list(before.predictor.parameters()))):
         assert torch.allclose(got, expected, rtol=1e-3, atol=1e-6)
 
@@ -112,6 +119,29 @@ def test_it_learns_what_neighbours_tell():
     spread = z[:, :, second].square().mean()
     assert error[second].mean() < 0.2 * error[~second].mean()
     assert error[second].mean() < 0.4 * spread / 16  # the least that 16 codes leave of Gaussian latents in two dimensions
+
+
+def test_it_learns_how_large_differences_will_be():
+    """Of every second image the latents are a tenth as large; scaled, they have twice the codes, and half the error."""
+    errors, used = {}, {}
+    size = torch.where(torch.arange(64) % 2 == 0, 1.0, 0.1)[:, None, None, None]
+    second = vqvae.checkerboard((4, 4), "cpu")
+    for scaled in (False, True):
+        torch.manual_seed(1)
+        quantizer = PredictiveQuantizer(BAQuantizer(64, 2), BAQuantizer(64, 2), scaled=scaled).train()
+        optimizer = torch.optim.AdamW(quantizer.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=600)
+        for step in range(600):
+            z = size * torch.randn(64, 2, 4, 4)
+            quantizer.set_progress(step / 600)
+            z_q, indices, loss = quantizer(z)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        errors[scaled] = (z - z_q)[1::2, :, second].square().mean().item()
+        used[scaled] = len(indices[1::2, second].unique())
+    assert errors[True] < 0.6 * errors[False] and used[True] > 1.5 * used[False]
 
 
 def test_eval_changes_no_state_and_state_comes_back():
@@ -190,18 +220,20 @@ def test_who_predicts(settings, prediction):
     assert Config(**settings).prediction == prediction
 
 
+@pytest.mark.parametrize("prediction", ["checkerboard", "scaled"])
 @pytest.mark.parametrize("settings", [dict(metric="cosine"), dict(dataset="dead_leaves", image_size=4)])
-def test_where_there_is_nothing_to_predict(settings):
+def test_where_there_is_nothing_to_predict(settings, prediction):
     with pytest.raises(vqvae.UserError, match="^prediction: "):
-        Config(prediction="checkerboard", **settings)
+        Config(prediction=prediction, **settings)
 
 
 def test_only_runs_alike_in_prediction_are_compared(tiny_config):
     records = [{"name": f"{quantizer} {prediction}", "psnr": 1.0, "config":
                 tiny_config(quantizer=quantizer, prediction=prediction).to_dict()}
-               for quantizer in ("ba_vq", "vq_ema") for prediction in ("none", "checkerboard")]
+               for quantizer in ("ba_vq", "vq_ema") for prediction in ("none", "checkerboard", "scaled")]
     pairs = [(pair["ba_vq"], pair["vq_ema"]) for pair in analysis.differences(records)]
-    assert pairs == [("ba_vq none", "vq_ema none"), ("ba_vq checkerboard", "vq_ema checkerboard")]
+    assert pairs == [("ba_vq none", "vq_ema none"), ("ba_vq checkerboard", "vq_ema checkerboard"),
+                     ("ba_vq scaled", "vq_ema scaled")]
 
 
 def test_a_codebook_sees_half_of_the_vectors():
@@ -211,9 +243,9 @@ def test_a_codebook_sees_half_of_the_vectors():
     assert decays["checkerboard"] == pytest.approx(1 - 1 / 28, abs=1e-4)
 
 
-@pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
-def test_a_run_from_training_to_pictures(tiny_config, quantizer):
-    config = tiny_config(quantizer=quantizer, prediction="checkerboard")
+@pytest.mark.parametrize("quantizer, prediction", [("vq_ema", "checkerboard"), ("ba_vq", "checkerboard"), ("ba_vq", "scaled")])
+def test_a_run_from_training_to_pictures(tiny_config, quantizer, prediction):
+    config = tiny_config(quantizer=quantizer, prediction=prediction)
     metrics = vqvae.train(config)
     folder = Path(config.out_dir) / "tiny"
     assert "peer" not in metrics and metrics["usage_rate"] <= 1 and metrics["perplexity"] <= 16
@@ -228,7 +260,7 @@ def test_a_run_from_training_to_pictures(tiny_config, quantizer):
         assert torch.allclose(model.decode(model.encode(x)), model(x).images.clamp(0, 1), atol=1e-5)
         assert vqvae.evaluate(model, images, 16, refine=1)["psnr"] != metrics["psnr"]
     records, models, histograms, images = analysis.open_runs([folder])
-    assert histograms[0].shape == (2, 16) and records[0]["method"].endswith("predictive")
+    assert histograms[0].shape == (2, 16) and records[0]["method"].endswith("scaled" if prediction == "scaled" else "predictive")
     for figure in (analysis.usage_histograms(records, histograms), analysis.codes_and_latents(records, models, images),
                    analysis.cell_sizes(records, models, images)):
         vqvae.write_figure(folder / "figure.png", figure)
