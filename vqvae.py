@@ -31,6 +31,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import errno
 import fcntl
 import functools
 import hashlib
@@ -305,10 +306,7 @@ def forget_output():
 
 
 def say(message):
-    """A line on standard output, from the first process only.
-
-    Raises Interrupted where nobody reads it, as after `| head`, UserError where it cannot be written, as on a full disk.
-    """
+    """A line on standard output, from the first process only. Raises Interrupted where nobody reads it, as after `| head`."""
     if rank() != 0:
         return
     try:
@@ -317,9 +315,6 @@ def say(message):
         forget_output()
         raise Interrupted("stopped, since nobody reads the output; the same command, without --overwrite, resumes",
                           signal.SIGPIPE) from None
-    except OSError as error:
-        forget_output()
-        raise UserError(f"standard output: cannot write ({error.strerror}); free some space, the same command resumes") from None
 
 
 def pick_device(device: str = "auto") -> tuple[torch.device, str]:
@@ -2417,6 +2412,7 @@ def run_command(main):
     """Exit code of a script: one line on standard error and 2 for bad input, 128 + signal when stopped."""
     try:
         code = main()
+        sys.stdout.flush()  # what cannot be written is noticed here, not after the exit code
         if dist.is_initialized():
             dist.destroy_process_group()
         return code
@@ -2433,6 +2429,13 @@ def run_command(main):
         forget_output()
         print("stopped, since nobody reads the output", file=sys.stderr)
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+            raise
+        forget_output()
+        print(f"error: standard output: cannot write ({error.strerror}); free some space and give the command again",
+              file=sys.stderr)
+        return 2
     except (MemoryError, RuntimeError) as error:
         reason = str(error).replace("\n", " ").split(". ")[0]
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

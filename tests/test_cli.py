@@ -389,6 +389,10 @@ def test_output_that_cannot_be_written_gives_one_line(tiny, tiny_config, tmp_pat
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "standard output: cannot write" in done.stderr
     vqvae.train(tiny_config(epochs=1))
     folder = tmp_path / "experiments" / "tiny"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(ROOT / "analysis.py"), str(folder)], stdout=full, stderr=subprocess.PIPE,
+                              text=True, env=environment)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "standard output: cannot write" in done.stderr
     with subprocess.Popen([sys.executable, str(ROOT / "analysis.py"), str(folder)], env=environment, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()  # before it has printed anything

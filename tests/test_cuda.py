@@ -74,7 +74,7 @@ def test_memory_of_a_step_is_bounded(k, fused, monkeypatch):
 
 
 @pytest.mark.parametrize("trellis", ["none", "4"])
-@pytest.mark.parametrize("prediction", ["none", "checkerboard"])
+@pytest.mark.parametrize("prediction", ["none", "checkerboard", "scaled"])
 @pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
 def test_a_step_never_waits_for_the_device(quantizer, prediction, trellis):
     config = vqvae.Config(hidden_dim=16, latent_dim=8, codebook_size=64, quantizer=quantizer, prediction=prediction,
@@ -93,7 +93,7 @@ def test_a_step_never_waits_for_the_device(quantizer, prediction, trellis):
 
 
 @pytest.mark.parametrize("trellis", ["none", "4"])
-@pytest.mark.parametrize("prediction", ["none", "checkerboard"])
+@pytest.mark.parametrize("prediction", ["none", "checkerboard", "scaled"])
 @pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
 def test_replayed_steps_are_the_steps(quantizer, prediction, trellis):
     config = vqvae.Config(hidden_dim=16, latent_dim=8, codebook_size=2048, quantizer=quantizer, prediction=prediction,

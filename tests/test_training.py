@@ -576,7 +576,8 @@ def test_gradients_and_codebook_of_two_machines_equal_those_of_one(tiny, tmp_pat
     """Two torchrun commands, as on two machines, with half of the batch each; the ranks agree bit for bit."""
     script, data = tmp_path / "one_step.py", tmp_path / "data.pt"
     script.write_text(ONE_STEP)
-    cases = [tiny(quantizer="vq_ema", prediction="none"), tiny(prediction="none"), tiny(prediction="checkerboard")]
+    cases = [tiny(quantizer="vq_ema", prediction="none"), tiny(prediction="none"), tiny(prediction="checkerboard"),
+             tiny(prediction="scaled")]
     x = torch.rand(16, 3, 16, 16)
     torch.save((cases, x), data)
     with socket.socket() as free:
@@ -701,7 +702,7 @@ def test_no_host_sync_in_a_training_step(monkeypatch):
     with Watch(), pytest.raises(AssertionError, match="aten.index"):
         torch.ones(2)[torch.ones(2).bool()]
     monkeypatch.setattr(vqvae, "_surely_none", lambda mask: False)  # as on a GPU
-    for quantizer, prediction in itertools.product(("vq_ema", "ba_vq"), ("none", "checkerboard")):
+    for quantizer, prediction in itertools.product(("vq_ema", "ba_vq"), ("none", "checkerboard", "scaled")):
         config = vqvae.Config(hidden_dim=8, latent_dim=4, codebook_size=8, quantizer=quantizer, prediction=prediction)
         model = vqvae.make_model(config).train()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
