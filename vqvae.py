@@ -2412,7 +2412,7 @@ def run_command(main):
     """Exit code of a script: one line on standard error and 2 for bad input, 128 + signal when stopped."""
     try:
         code = main()
-        sys.stdout.flush()  # what cannot be written is noticed here, not after the exit code
+        print(end="", flush=True)  # what cannot be written is noticed here, not after the exit code
         if dist.is_initialized():
             dist.destroy_process_group()
         return code
