@@ -83,13 +83,17 @@ REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of th
 COLORS, MARKERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "s^Dv"  # every pair of them once in 20 methods
 LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_predictive": "VQ-EMA tuned, prediction",
           "vq_ema_predictive_trellis": "VQ-EMA tuned, prediction and trellis",
+          "vq_ema_scaled": "VQ-EMA tuned, scaled prediction",
+          "vq_ema_scaled_trellis": "VQ-EMA tuned, scaled prediction and trellis",
           "vq_ema_classical": "VQ-EMA classical", "vq_ema_classical_decay99": "VQ-EMA classical, decay 0.99",
           "lib_ema": "VQ-EMA, k-means start, expiry",
           "cvq": "CVQ-VAE", "lib_rotation": "VQ-EMA, rotation trick", "lib_cosine": "VQ-EMA, cosine", "lib_simvq": "SimVQ",
           "lib_fsq": "FSQ", "sinkhorn": "Sinkhorn (OptVQ)", "wasserstein": "Wasserstein VQ"}  # in the figure
 CURVES = {("none", "none"): dict(color="#0072B2", label="BA-VQ over λ"),  # (prediction, trellis)
           ("checkerboard", "none"): dict(color="black", label="BA-VQ over λ, prediction"),
-          ("checkerboard", "4"): dict(color="#7B1FA2", label="BA-VQ over λ, prediction and trellis")}
+          ("checkerboard", "4"): dict(color="#7B1FA2", label="BA-VQ over λ, prediction and trellis"),
+          ("scaled", "none"): dict(color="#8D6E63", label="BA-VQ over λ, scaled prediction"),
+          ("scaled", "4"): dict(color="#C2185B", label="BA-VQ over λ, scaled prediction and trellis")}
 REFERENCE = "vq_ema"  # differences are taken to this method, seed by seed
 OF_METHODS = {*analysis.QUANTIZER, "prediction", "trellis", "commitment_weight", "seed"}  # may differ within a table
 
@@ -259,7 +263,7 @@ def rate_distortion_figure(path):
         for name, runs in sorted(methods.items()):
             rate = statistics.mean(runs[seed]["bits_per_index"] for seed in shared)
             quality = statistics.mean(runs[seed]["psnr"] for seed in shared)
-            if re.fullmatch(r"ba_vq_lambda(\d+|inf)(_predictive(_trellis)?)?", name):
+            if re.fullmatch(r"ba_vq_lambda(\d+|inf)(_(predictive|scaled)(_trellis)?)?", name):
                 config = next(iter(runs.values()))["config"]
                 found[config["prediction"], config["trellis"]].append((float(config["entropy_weight"]), rate, quality))
                 continue
