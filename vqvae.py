@@ -2430,11 +2430,11 @@ def run_command(main):
         print("stopped, since nobody reads the output", file=sys.stderr)
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
             raise
         forget_output()
-        print(f"error: standard output: cannot write ({error.strerror}); free some space and give the command again",
-              file=sys.stderr)
+        print(f"error: standard output: cannot write ({error.strerror}); free some space or write elsewhere, then give the "
+              "command again", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         reason = str(error).replace("\n", " ").split(". ")[0]

@@ -387,6 +387,12 @@ def test_output_that_cannot_be_written_gives_one_line(tiny, tiny_config, tmp_pat
         done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], stdout=full, stderr=subprocess.PIPE, text=True,
                               env=environment)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "standard output: cannot write" in done.stderr
+    terminal, end = os.openpty()
+    os.close(terminal)  # as where its window was closed
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--dry_run"], stdout=end, stderr=subprocess.PIPE, text=True,
+                          env=environment)
+    os.close(end)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "standard output: cannot write" in done.stderr
     closed = ["sh", "-c", '"$0" train.py --dry_run >&-', sys.executable]  # nothing to write to is no error
     done = subprocess.run(closed, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -205,8 +206,8 @@ def test_counts_and_metrics_of_two_codebooks():
 
 def test_the_networks_start_the_same_with_and_without():
     config = Config(codebook_size=8, hidden_dim=8, latent_dim=2)
-    plain, predictive = (vqvae.make_model(dataclasses.replace(config, prediction=p)) for p in ("none", "checkerboard"))
-    for name in ("encoder", "decoder"):
+    plain, *others = (vqvae.make_model(dataclasses.replace(config, prediction=p)) for p in ("none", "checkerboard", "scaled"))
+    for predictive, name in itertools.product(others, ("encoder", "decoder")):
         pairs = zip(getattr(plain, name).parameters(), getattr(predictive, name).parameters())
         assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -254,6 +255,7 @@ def test_a_run_from_training_to_pictures(tiny_config, quantizer, prediction):
     model, loaded = vqvae.load_model(folder / "final_model.pt")
     images = vqvae.test_images(loaded)
     again = vqvae.evaluate(model, images, 16)
+    assert model.quantizer.scaled == (prediction == "scaled")
     assert loaded == config and again == {key: metrics[key] for key in again}
     with torch.no_grad():
         x = vqvae.to_float(images)
