@@ -117,7 +117,7 @@ class Config:
     downsample: int = option(4, "image pixels per latent, per side", choices=(2, 4, 8, 16))
     # quantizer
     quantizer: str = option("ba_vq", "quantizer", choices=("vq_ema", "ba_vq"))
-    codebook_size: int = option(512, "values K of an index; K codes, 2K with prediction or a trellis, 4K with both",
+    codebook_size: int = option(512, "values K of an index; K codes, 2K with prediction; a trellis has 2 or 4 times as many",
                                low=1, high=1 << 20)
     metric: str = option("euclid", "distance between latents and codes", choices=("euclid", "cosine"))
     commitment_weight: float = option(0.25, "weight of the commitment loss", low=0, high=1e6)
@@ -140,8 +140,8 @@ class Config:
                                     "codes are as much larger or smaller (default: checkerboard; none for cosine, vq_ema "
                                     "classical, images of one latent)",
                                     choices=("none", "checkerboard", "scaled"))
-    trellis: str = option("none", "'4': the codes of an image are chosen jointly, along a path through a trellis of four states, "
-                          "each among codebook_size of twice as many codes", choices=("none", "4"))
+    trellis: str = option("none", "'4' or '16' states: the codes of an image are chosen jointly, along a path through a trellis, "
+                          "each among codebook_size of two or four times as many codes", choices=("none", "4", "16"))
     # training
     warmup_fraction: float | None = option(None, "fraction of training before the quantizer joins in "
                                            "(default 0.1; vq_ema classical 0)", low=0, high=0.9)
@@ -187,12 +187,18 @@ class Config:
             raise UserError("prediction: an image of one latent has no neighbours to predict from; lower downsample")
         if self.trellis != "none" and self.image_size == self.downsample:
             raise UserError("trellis: an image of one latent has no path to choose; lower downsample")
-        if self.trellis != "none" and self.codebook_size % 2:
-            raise UserError(f"trellis: halves the codebook, so codebook_size {self.codebook_size} must be even")
+        if self.codebook_size % trellis_branches(self.states):
+            raise UserError(f"trellis: with {self.states} states codebook_size {self.codebook_size} must be divisible by "
+                            f"{trellis_branches(self.states)}")
         if self.ema_decay is None:
             object.__setattr__(self, "ema_decay", default_ema_decay(self))
         if self.warmup_fraction is None:
             object.__setattr__(self, "warmup_fraction", 0.0 if classical else 0.1)
+
+    @property
+    def states(self) -> int:
+        """States of the trellis, 0 without one."""
+        return 0 if self.trellis == "none" else int(self.trellis)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
@@ -216,7 +222,7 @@ def default_ema_decay(config: Config) -> float:
     if config.quantizer == "vq_ema" and config.vq_recipe == "classical":
         return 0.8
     vectors = config.batch_size * (config.image_size // config.downsample) ** 2 // (2 if config.prediction != "none" else 1)
-    codes = config.codebook_size * (2 if config.trellis != "none" else 1)
+    codes = config.codebook_size * trellis_branches(config.states)
     return round(max(0.9, 1 - math.sqrt(vectors / codes) / 28), 5)
 
 
@@ -627,121 +633,137 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     return moved - moved.mean() if math.isinf(entropy_weight) else moved
 
 
-# A trellis: the codes are four subsets, of which a latent may use two, by the path that the latents before it have taken.
-# One bit b of its index says which of the two, the other bits which code there. So an index has K values, the codebook 2K codes,
-# and a path through it is chosen for all latents of an image together (Fischer 1991): cells of many dimensions are rounder.
-# The subset is 2 (b xor b'') + b', of b and the bits before it, b' and b'', which are the state (Ungerboeck 1982); first 0, 0.
+# A trellis: the codes are B^2 subsets, of which a latent may use B, by the path that the latents before it have taken.
+# One digit b of its index, to the base B, says which of the B, the rest which code there. So an index has K values, the codebook
+# B K codes, and a path through it is chosen for all latents of an image together (Fischer 1991): cells of many dimensions are
+# rounder. The subset is B (b xor b'') + b', of b and the digits before it, b' and b'', which are the state; first 0, 0. B = 2 is
+# Ungerboeck's trellis of four states (1982), B = 4 two of it side by side, one for each bit of b.
+
+
+def trellis_branches(states: int) -> int:
+    """B, from the B^2 states of a trellis; 1 for 0 states, without one."""
+    return max(1, math.isqrt(states))
+
+
+def _xor(base, device):
+    """Table (B, B) of i xor j."""
+    digits = torch.arange(base, device=device)
+    return digits[:, None] ^ digits
 
 
 def _branches(subsets):
-    """Values of the four subsets (..., 4) -> of the branches (..., 2, 2, 2), by the bits b'', b' and b."""
-    values = subsets.unflatten(-1, (2, 2)).mT  # (..., 2, 2) by b' and b xor b''
-    return torch.stack([values, values.flip(-1)], -3)
+    """Values of the subsets (..., B^2) -> of the branches (..., B, B, B), by the digits b'', b' and b."""
+    base = math.isqrt(subsets.shape[-1])
+    values = subsets.unflatten(-1, (base, base)).mT  # (..., B, B) by b' and b xor b''
+    return values[..., _xor(base, values.device)].transpose(-3, -2)
 
 
-def _subsets(bits):
-    """Subsets (B, T) along paths of bits (B, T), int64."""
-    before = F.pad(bits, (2, 0))  # (B, T + 2)
-    return 2 * (bits ^ before[:, :-2]) + before[:, 1:-1]
+def _subsets(digits, base):
+    """Subsets (B, T) along paths of digits (B, T), int64."""
+    before = F.pad(digits, (2, 0))  # (B, T + 2)
+    return base * (digits ^ before[:, :-2]) + before[:, 1:-1]
 
 
 def cheapest_path(costs: torch.Tensor) -> torch.Tensor:
-    """Subsets (B, T) int64 of the path with the least sum of costs (B, T, 4): Viterbi's algorithm."""
-    branches, choices = _branches(costs), []
-    total = costs.new_full((len(costs), 2, 2), math.inf)  # of the cheapest path to each state
+    """Subsets (B, T) int64 of the path with the least sum of costs (B, T, subsets): Viterbi's algorithm."""
+    branches, choices, base = _branches(costs), [], math.isqrt(costs.shape[2])
+    total = costs.new_full((len(costs), base, base), math.inf)  # of the cheapest path to each state
     total[:, 0, 0] = 0
     for t in range(costs.shape[1]):
-        total, choice = (total[..., None] + branches[:, t]).min(1)  # (B, 2, 2) by b' and b: over b''
+        total, choice = (total[..., None] + branches[:, t]).min(1)  # (B, base, base) by b' and b: over b''
         choices.append(choice.flatten(1))
-    states = [total.flatten(1).argmin(1, keepdim=True)]  # (B, 1) 2 b' + b
+    states = [total.flatten(1).argmin(1, keepdim=True)]  # (B, 1) base b' + b
     for choice in reversed(choices[1:]):
-        states.append((states[-1] >> 1) + 2 * choice.gather(1, states[-1]))
-    return _subsets(torch.cat(states[::-1], 1) & 1)
+        states.append(states[-1] // base + base * choice.gather(1, states[-1]))
+    return _subsets(torch.cat(states[::-1], 1) % base, base)
 
 
 def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
-    """Log probability (B, T, 4) of each subset where a path has the product of its subsets' weights, log_weights (B, T, 4).
+    """Log probability (B, T, subsets) of each subset where a path has the product of its subsets' weights.
 
-    The forward-backward algorithm (Bahl 1974); -inf for subsets out of reach. Backward is forward with time and bits reversed, so
-    one loop does both.
+    log_weights (B, T, subsets). The forward-backward algorithm (Bahl 1974); -inf for subsets out of reach. Backward is forward
+    with time and digits reversed, so one loop does both.
     """
-    branches = _branches(log_weights)  # (B, T, 2, 2, 2)
-    both = torch.stack([branches, branches.flip(1).transpose(-3, -1)])  # (2, B, T, 2, 2, 2)
-    totals = [log_weights.new_zeros(2, len(log_weights), 2, 2)]  # of all paths to a state, up to a factor
+    branches, base = _branches(log_weights), math.isqrt(log_weights.shape[2])  # (B, T, base, base, base)
+    both = torch.stack([branches, branches.flip(1).transpose(-3, -1)])  # (2, B, T, base, base, base)
+    totals = [log_weights.new_zeros(2, len(log_weights), base, base)]  # of all paths to a state, up to a factor
     totals[0][0] = -math.inf
     totals[0][0, :, 0, 0] = 0
     for t in range(log_weights.shape[1] - 1):
-        steps = totals[t][..., None] + both[:, :, t]  # (2, B, 2, 2, 2)
-        total = torch.logaddexp(steps[..., 0, :, :], steps[..., 1, :, :])  # (2, B, 2, 2)
+        steps = totals[t][..., None] + both[:, :, t]  # (2, B, base, base, base)
+        total = steps.logsumexp(-3)  # (2, B, base, base)
         totals.append(total - total.amax((-2, -1), keepdim=True))
-    forward, backward = torch.stack(totals, 2)  # both (B, T, 2, 2)
-    joint = forward[..., None] + branches + backward.flip(1).mT[..., None, :, :]  # (B, T, 2, 2, 2)
+    forward, backward = torch.stack(totals, 2)  # both (B, T, base, base)
+    joint = forward[..., None] + branches + backward.flip(1).mT[..., None, :, :]  # (B, T, base, base, base)
     joint = joint.flatten(2).log_softmax(2).view_as(joint)
-    shares = torch.logaddexp(joint, joint.flip((-3, -1)))[..., 0, :, :]  # (B, T, 2, 2) by b' and b xor b''
-    return shares.mT.flatten(2)
+    xor = _xor(base, joint.device)
+    by_first = [joint[..., i, :, :][..., xor[i]] for i in range(base)]  # each (B, T, base, base) by b' and b xor b''
+    return torch.stack(by_first).logsumexp(0).mT.flatten(2)
 
 
-def path_numbers(indices: torch.Tensor, codebook_size: int) -> torch.Tensor:
-    """Numbers (B, T) in [0, 2K) of the codes that indices (B, T) in [0, K), one path a row, stand for."""
-    return _subsets(indices // (codebook_size // 2)) * (codebook_size // 2) + indices % (codebook_size // 2)
+def path_numbers(indices: torch.Tensor, codebook_size: int, base: int) -> torch.Tensor:
+    """Numbers (B, T) in [0, base K) of the codes that indices (B, T) in [0, K), one path a row, stand for."""
+    size = codebook_size // base  # of a subset
+    return _subsets(indices // size, base) * size + indices % size
 
 
-def path_indices(numbers: torch.Tensor, codebook_size: int) -> torch.Tensor:
+def path_indices(numbers: torch.Tensor, codebook_size: int, base: int) -> torch.Tensor:
     """The inverse of `path_numbers`."""
-    subsets = numbers // (codebook_size // 2)  # 2 (b ^ b'') + b'
-    bits = (subsets >> 1) ^ F.pad(subsets & 1, (1, 0))[:, :-1]
-    return bits * (codebook_size // 2) + numbers % (codebook_size // 2)
+    size = codebook_size // base
+    subsets = numbers // size  # base (b ^ b'') + b'
+    digits = (subsets // base) ^ F.pad(subsets % base, (1, 0))[:, :-1]
+    return digits * size + numbers % size
 
 
-def _best_of_subsets(scores):
-    """Largest score (n, 4) in each quarter of scores (n, 2K), and its place there."""
-    best, place = _best(scores.view(4 * len(scores), -1))
-    return best.view(-1, 4), place.view(-1, 4)
+def _best_of_subsets(scores, subsets):
+    """Largest score (n, subsets) in each of the subsets, equal parts of scores (n, codes), and its place there."""
+    best, place = _best(scores.view(subsets * len(scores), -1))
+    return best.view(-1, subsets), place.view(-1, subsets)
 
 
-def _along_path(best, place, length, codes):
-    """(numbers (N,), score ()) of the nearest path, from `_best_of_subsets` of paths of `length` latents."""
-    subsets = cheapest_path(-2 * best.view(-1, length, 4)).view(-1, 1)  # (N, 1)
-    return (subsets * (codes // 4) + place.gather(1, subsets)).squeeze(1), best.gather(1, subsets).sum()
+def _along_path(best, place, length, size):
+    """(numbers (N,), score ()) of the nearest path, from `_best_of_subsets` of `size` codes for paths of `length` latents."""
+    subsets = cheapest_path(-2 * best.view(-1, length, best.shape[1])).view(-1, 1)  # (N, 1)
+    return (subsets * size + place.gather(1, subsets)).squeeze(1), best.gather(1, subsets).sum()
 
 
-def nearest_path(z, codebook, length):
-    """Numbers (N,) of the codes, one a row of z (N, D), of the path with the least sum of squared distances; codebook (2K, D).
+def nearest_path(z, codebook, length, subsets):
+    """Numbers (N,) of the codes, one a row of z (N, D), of the path with the least sum of squared distances.
 
-    A path is `length` rows.
+    A path is `length` rows; codebook (codes, D), `subsets` of equal size.
     """
     halves = _half_norms(codebook)
-    best, place = z.new_empty(len(z), 4), torch.empty(len(z), 4, dtype=torch.int64, device=z.device)
+    best, place = z.new_empty(len(z), subsets), torch.empty(len(z), subsets, dtype=torch.int64, device=z.device)
     for chunk, its_best, its_place in _chunks(len(codebook), z, best, place):
-        its_best[:], its_place[:] = _best_of_subsets(_scores(chunk, codebook, halves))
-    return _along_path(best, place, length, len(codebook))[0]
+        its_best[:], its_place[:] = _best_of_subsets(_scores(chunk, codebook, halves), subsets)
+    return _along_path(best, place, length, len(codebook) // subsets)[0]
 
 
-def soft_assign_paths(z, codebook, log_w, temperature, length):
-    """`soft_assign` to the codes (2K, D) of paths of `length` rows of z (N, D): P of a path ~ the product of its codes' weights.
+def soft_assign_paths(z, codebook, log_w, temperature, length, subsets):
+    """`soft_assign` to codes (codes, D) of paths of `length` rows of z (N, D): P of a path ~ the product of its codes' weights.
 
     Returns Assignment, its indices being the codes' numbers along the nearest path. The scores are computed twice, before the
     posterior of the paths is known and after.
     """
     halves = _half_norms(codebook)
-    best, log_sums = z.new_empty(2, len(z), 4)  # of each subset: best score; log of its summed weights, relative to that code
-    place = torch.empty(len(z), 4, dtype=torch.int64, device=z.device)  # of that code
+    best, log_sums = z.new_empty(2, len(z), subsets)  # of each subset: best score; log of its summed weights, relative to it
+    place = torch.empty(len(z), subsets, dtype=torch.int64, device=z.device)  # of that code
 
     def weights_of(scores, its_best):
-        """Log weights (n, 4, K/2) relative to the nearest code of a subset; scores (n, 2K) are overwritten."""
-        relative = scores.view(len(scores), 4, -1).sub_(its_best[:, :, None])
-        return relative.mul_(2 / temperature).add_(log_w.view(4, -1))
+        """Log weights (n, subsets, codes of one) relative to the nearest code of a subset; scores (n, codes) are overwritten."""
+        relative = scores.view(len(scores), subsets, -1).sub_(its_best[:, :, None])
+        return relative.mul_(2 / temperature).add_(log_w.view(subsets, -1))
 
     for chunk, its_best, its_place, its_sums in _chunks(len(codebook), z, best, place, log_sums):
-        scores = _scores(chunk, codebook, halves)  # (n, 2K)
-        its_best[:], its_place[:] = _best_of_subsets(scores)
+        scores = _scores(chunk, codebook, halves)  # (n, codes)
+        its_best[:], its_place[:] = _best_of_subsets(scores, subsets)
         its_sums[:] = _log_sum_exp(weights_of(scores, its_best))
-    numbers, score = _along_path(best, place, length, len(codebook))
+    numbers, score = _along_path(best, place, length, len(codebook) // subsets)
     gap = (2 / temperature * (best - best.amax(1, keepdim=True))).clamp_min(-1e35)  # finite at any temperature
-    share = path_posterior((gap + log_sums).view(-1, length, 4)).view(-1, 4) - log_sums  # log P = log weight + share
+    share = path_posterior((gap + log_sums).view(-1, length, subsets)).view(-1, subsets) - log_sums  # log P = log weight + share
     stats, squares = z.new_zeros(z.shape[1] + 1, len(codebook)), z.new_zeros(())
     for chunk, its_best, its_share in _chunks(len(codebook), z, best, share):
-        P = _exp(weights_of(_scores(chunk, codebook, halves), its_best).add_(its_share[:, :, None])).flatten(1)  # (n, 2K)
+        P = _exp(weights_of(_scores(chunk, codebook, halves), its_best).add_(its_share[:, :, None])).flatten(1)  # (n, codes)
         stats.addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
         squares += torch.linalg.vector_norm(P).square()
     return Assignment(numbers, stats.T.contiguous(), score, len(z) - squares)
@@ -797,7 +819,8 @@ class Quantizer(Float32Module):
     ema_decay in [0, 1); commitment_weight: of the mean of (z - z_q)^2 over vectors and dimensions (van den Oord 2017
     equation 3); for cosine of the mean of |z - z_q|^2, in [0, 4], since single dimensions of unit vectors vary little;
     restart_threshold: fraction of the mean EMA count below which a code is dead (0: never); trellis: choose the codes of an
-    image along a path through the trellis, each among K of 2K codes (K even).
+    image along a path through a trellis of that many states, 4 or 16 (0: none), each among K of B K codes, B = 2 or 4, which
+    divides K.
     Raises ValueError on a value outside its range.
     """
 
@@ -805,7 +828,7 @@ class Quantizer(Float32Module):
     ema: torch.Tensor
 
     def __init__(self, codebook_size: int, dim: int, metric: str = "euclid", ema_decay: float = 0.9,
-                 commitment_weight: float = 0.25, restart_threshold: float = 0.1, trellis: bool = False) -> None:
+                 commitment_weight: float = 0.25, restart_threshold: float = 0.1, trellis: int = 0) -> None:
         super().__init__()
         if codebook_size < 1 or dim < 1 or metric not in ("euclid", "cosine"):
             raise ValueError(f"codebook_size {codebook_size} and dim {dim} must be positive, metric {metric!r} euclid or cosine")
@@ -814,10 +837,11 @@ class Quantizer(Float32Module):
         if not (0 <= ema_decay < 1 and 0 <= commitment_weight < math.inf and 0 <= restart_threshold <= 1):
             raise ValueError(f"ema_decay {ema_decay} must be in [0, 1), commitment_weight {commitment_weight} in [0, inf), "
                              f"restart_threshold {restart_threshold} in [0, 1]")
-        if trellis and codebook_size % 2:
-            raise ValueError(f"a trellis halves the codebook, so codebook_size {codebook_size} must be even")
-        self.codebook_size, self.dim, self.metric, self.trellis = codebook_size, dim, metric, trellis
-        codes = 2 * codebook_size if trellis else codebook_size
+        if trellis not in (0, 4, 16) or codebook_size % trellis_branches(trellis):
+            raise ValueError(f"trellis {trellis} must be 0, 4 or 16, and its root must divide codebook_size {codebook_size}")
+        self.codebook_size, self.dim, self.metric = codebook_size, dim, metric
+        self.trellis, self.branches = trellis, trellis_branches(trellis)
+        codes = self.branches * codebook_size
         self.ema_decay, self.commitment_weight, self.restart_threshold = ema_decay, commitment_weight, restart_threshold
         self.initialized = False
         self.register_buffer("codebook", torch.zeros(codes, dim, dtype=torch.float32))
@@ -848,7 +872,9 @@ class Quantizer(Float32Module):
 
     def code_numbers(self, indices: torch.Tensor) -> torch.Tensor:
         """Which codes indices (B, ...) int64 in [0, K) stand for, in their shape: without a trellis those of the same number."""
-        return path_numbers(indices.flatten(1), self.codebook_size).view_as(indices) if self.trellis else indices
+        if not self.trellis:
+            return indices
+        return path_numbers(indices.flatten(1), self.codebook_size, self.branches).view_as(indices)
 
     def codes(self, indices: torch.Tensor) -> torch.Tensor:
         """Look up codes: indices (B, ...) int64 -> (B, ..., D), with a trellis those of a path for each of B."""
@@ -856,7 +882,7 @@ class Quantizer(Float32Module):
 
     def nearest(self, z: torch.Tensor, length: int = 1) -> torch.Tensor:
         """Numbers (N,) of the codes nearest to the rows of z (N, D); with a trellis, of the nearest paths of `length` rows."""
-        return nearest_path(z, self.codebook, length) if self.trellis else nearest_code(z, self.codebook)
+        return nearest_path(z, self.codebook, length, self.trellis) if self.trellis else nearest_code(z, self.codebook)
 
     def forward(self, z: torch.Tensor) -> Quantized:
         """z (B, D, H, W), (B, D, n) or (N, D), any float dtype -> Quantized(z_q, indices, loss).
@@ -869,7 +895,7 @@ class Quantizer(Float32Module):
         if z.dim() not in (2, 3, 4) or z.shape[1] != self.dim or z.numel() == 0:
             raise ValueError(f"expected (B, {self.dim}, H, W), (B, {self.dim}, n) or (N, {self.dim}), not empty, "
                              f"got {tuple(z.shape)}")
-        if self.trellis and z[0, 0].numel() == 1:  # half of the codes are out of reach of a path's first latent
+        if self.trellis and z[0, 0].numel() == 1:  # most codes are out of reach of a path's first latent
             raise ValueError(f"a trellis needs paths of two latents or more, got {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
             rows = z.movedim(1, -1)  # (B, ..., D)
@@ -886,7 +912,7 @@ class Quantizer(Float32Module):
             if self.training:
                 quantized = flat + (quantized - flat).detach()  # straight-through estimator
         z_q = quantized.view(rows.shape).to(z.dtype).movedim(-1, 1)
-        indices = path_indices(numbers.view(-1, length), self.codebook_size) if self.trellis else numbers
+        indices = path_indices(numbers.view(-1, length), self.codebook_size, self.branches) if self.trellis else numbers
         return Quantized(z_q, indices.view(rows.shape[:-1]), loss)
 
     @torch.no_grad()
@@ -948,7 +974,7 @@ class VQEMAQuantizer(Quantizer):
 
     def __init__(self, codebook_size: int, dim: int, metric: str = "euclid", ema_decay: float = 0.9,
                  commitment_weight: float = 0.25, restart_threshold: float = 0.1, recipe: str = "tuned",
-                 trellis: bool = False) -> None:
+                 trellis: int = 0) -> None:
         if recipe not in ("classical", "tuned"):
             raise ValueError(f"recipe {recipe!r} must be 'classical' or 'tuned'")
         super().__init__(codebook_size, dim, metric, ema_decay, commitment_weight, restart_threshold, trellis)
@@ -1003,7 +1029,7 @@ class BAQuantizer(Quantizer):
     def __init__(self, codebook_size: int, dim: int, metric: str = "euclid", ema_decay: float = 0.9,
                  commitment_weight: float = 0.25, restart_threshold: float = 0.1, entropy_weight: float = 10.0,
                  temperature_start: float = 0.2, temperature_end: float = 0.02, anneal_fraction: float = 0.5,
-                 ba_iters: int = 1, trellis: bool = False) -> None:
+                 ba_iters: int = 1, trellis: int = 0) -> None:
         if not (entropy_weight >= 0 and 0 <= anneal_fraction <= 1 and ba_iters >= 1):
             raise ValueError(f"entropy_weight {entropy_weight} must be in [0, inf], anneal_fraction {anneal_fraction} in [0, 1], "
                              f"ba_iters {ba_iters} at least 1")
@@ -1030,7 +1056,9 @@ class BAQuantizer(Quantizer):
         """E-step and prior step; the sums are weighted by P(k|z)."""
         squared_norm = z.square().sum()
         tau = (self.temperature * self.distortion).clamp_min(1e-30)
-        soft = functools.partial(soft_assign_paths, length=length) if self.trellis else e_step(z.device, self.dim)
+        soft = e_step(z.device, self.dim)
+        if self.trellis:
+            soft = functools.partial(soft_assign_paths, length=length, subsets=self.trellis)
         for _ in range(self.ba_iters):
             batch = soft(z, self.codebook, self.log_w, tau)
             distortion = (squared_norm - 2 * batch.score).clamp_min(0)
@@ -1102,8 +1130,8 @@ class PredictiveQuantizer(Float32Module):
         if (first.codebook_size, first.dim) != (second.codebook_size, second.dim) or "cosine" in (first.metric, second.metric):
             raise ValueError("first and second must have the same codebook_size and dim, and metric 'euclid'")
         if first.trellis != second.trellis:
-            raise ValueError("first and second must both have a trellis, or neither")
-        self.trellis, self.scaled = first.trellis, scaled
+            raise ValueError("first and second must have the same trellis, or none")
+        self.trellis, self.branches, self.scaled = first.trellis, first.branches, scaled
         self.first, self.second, self.codebook_size, self.dim = first, second, first.codebook_size, first.dim
         self.predictor = nn.Sequential(nn.Conv2d(self.dim + 1, hidden_dim, 5, padding=2), nn.ReLU(),
                                        nn.Conv2d(hidden_dim, self.dim + scaled, 1)).float()
@@ -1116,7 +1144,7 @@ class PredictiveQuantizer(Float32Module):
 
     @property
     def codebook(self) -> torch.Tensor:
-        """Codes of the first half, (K, D), with a trellis (2K, D): those that stand for whole latents."""
+        """Codes of the first half, (K, D), with a trellis (B K, D): those that stand for whole latents."""
         return self.first.codebook
 
     def set_progress(self, progress: float) -> None:
@@ -1195,7 +1223,7 @@ def make_quantizer(config):
         return PredictiveQuantizer(make_quantizer(plain), make_quantizer(plain), scaled=config.prediction == "scaled")
     common = dict(codebook_size=config.codebook_size, dim=config.latent_dim, metric=config.metric, ema_decay=config.ema_decay,
                   commitment_weight=config.commitment_weight, restart_threshold=config.restart_threshold,
-                  trellis=config.trellis != "none")
+                  trellis=config.states)
     if config.quantizer == "vq_ema":
         return VQEMAQuantizer(**common, recipe=config.vq_recipe)
     return BAQuantizer(**common, entropy_weight=config.entropy_weight, temperature_start=config.temperature_start,
@@ -1587,13 +1615,13 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def codebook_metrics(histogram: torch.Tensor, codebook_size: int) -> dict[str, float]:
     """Perplexity, usage and bits per index of a code histogram (codes,), or of one for each half of the latents, (2, codes).
 
-    codebook_size K: values of an index, as many as codes or, with a trellis, half as many. The entropy is that of the code's
-    number, given the half and, with a trellis, the bit before, which says whether the subset is odd: K codes are left.
+    codebook_size K: values of an index, as many as codes or, with a trellis of B branches, one for B codes. The entropy is that
+    of the code's number, given the half and, with a trellis, the digit before, the subset's remainder by B: K codes are left.
     """
-    trellis = histogram.shape[-1] != codebook_size
+    base = histogram.shape[-1] // codebook_size
     histogram = histogram.cpu().double()  # Apple GPUs have no float64
     p = histogram / histogram.sum()
-    known = p.unflatten(-1, (2, 2, -1)).sum((-3, -1)) if trellis else p.sum(-1)
+    known = p.unflatten(-1, (base, base, -1)).sum((-3, -1))  # by half and digit
     entropy = (torch.special.xlogy(known, known).sum() - torch.special.xlogy(p, p).sum()).item()  # nats
     return {
         "perplexity": math.exp(entropy),
@@ -1605,7 +1633,7 @@ def codebook_metrics(histogram: torch.Tensor, codebook_size: int) -> dict[str, f
 def empty_histogram(model: VQVAE, codebook_size: int) -> torch.Tensor:
     """Zeros for `count_codes`: (1, codes) int64, or (2, codes) where each half of the latents has codes of its own."""
     codebooks = 2 if isinstance(model.quantizer, PredictiveQuantizer) else 1
-    codes = 2 * codebook_size if getattr(model.quantizer, "trellis", False) else codebook_size
+    codes = codebook_size * getattr(model.quantizer, "branches", 1)
     return torch.zeros(codebooks, codes, dtype=torch.int64, device=next(model.parameters()).device)
 
 

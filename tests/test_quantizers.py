@@ -573,5 +573,5 @@ def test_a_config_reaches_its_quantizer(kind, settings):
     common = {"codebook_size": 6, "metric": "cosine", "ema_decay": 0.95, "commitment_weight": 0.3, "restart_threshold": 0.2}
     name = "vq_ema" if kind is VQEMAQuantizer else "ba_vq"
     quantizer = vqvae.make_quantizer(vqvae.Config(quantizer=name, latent_dim=5, trellis="4", **common, **settings))
-    assert type(quantizer) is kind and quantizer.dim == 5 and quantizer.trellis
+    assert type(quantizer) is kind and quantizer.dim == 5 and quantizer.trellis == 4
     assert all(getattr(quantizer, key.removeprefix("vq_")) == value for key, value in {**common, **settings}.items())

@@ -13,128 +13,150 @@ import export_codes
 import vqvae
 from vqvae import BAQuantizer, PredictiveQuantizer, VQEMAQuantizer
 
-TRELLIS = ((0, 2), (1, 3), (2, 0), (3, 1))  # Ungerboeck 1982: subset for a bit (column) in a state (row), 2 b'' + b'
+UNGERBOECK = ((0, 2), (1, 3), (2, 0), (3, 1))  # 1982: subset for a bit (column) in a state (row), 2 b'' + b'
+BASES = [2, 4]  # of the digits of a path, for 4 and 16 states
 
 
-def all_paths(length):
-    """{subsets of the path: its bits} of every path from state 0."""
+def all_paths(length, base):
+    """{subsets of the path: its digits} of every path from state 0; each bit of the digits has a trellis of its own."""
     paths = {}
-    for bits in itertools.product((0, 1), repeat=length):
-        state, subsets = 0, []
-        for bit in bits:
-            subsets.append(TRELLIS[state][bit])
-            state = 2 * (state % 2) + bit
-        paths[tuple(subsets)] = bits
+    for digits in itertools.product(range(base), repeat=length):
+        states, subsets = [0, 0], []  # of the lower and the upper bit
+        for digit in digits:
+            bits = (digit % 2, digit // 2)
+            pairs = [UNGERBOECK[state][bit] for state, bit in zip(states, bits)]  # each 2 (b xor b'') + b'
+            high, low = (sum((pair >> shift & 1) << i for i, pair in enumerate(pairs)) for shift in (1, 0))
+            subsets.append(base * high + low)
+            states = [2 * (state % 2) + bit for state, bit in zip(states, bits)]
+        paths[tuple(subsets)] = digits
     return paths
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 6])
-def test_the_cheapest_of_all_paths(length):
-    costs = torch.rand(5, length, 4)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_the_cheapest_of_all_paths(length, base):
+    costs = torch.rand(5, length, base**2)
     for found, cost in zip(vqvae.cheapest_path(costs), costs):
-        assert tuple(found.tolist()) == min(all_paths(length), key=lambda path: sum(cost[t, s] for t, s in enumerate(path)))
+        cheapest = min(all_paths(length, base), key=lambda path: sum(cost[t, s] for t, s in enumerate(path)))
+        assert tuple(found.tolist()) == cheapest
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 6])
-def test_the_posterior_over_all_paths(length):
-    log_weights = 3 * torch.randn(5, length, 4)
-    paths = list(all_paths(length))
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_the_posterior_over_all_paths(length, base):
+    log_weights = 3 * torch.randn(5, length, base**2)
+    paths = list(all_paths(length, base))
     for found, log_weight in zip(vqvae.path_posterior(log_weights), log_weights):
         chances = torch.stack([sum(log_weight[t, s] for t, s in enumerate(path)) for path in paths]).softmax(0)
-        expected = torch.zeros(length, 4)
+        expected = torch.zeros(length, base**2)
         for path, chance in zip(paths, chances):
             for t, subset in enumerate(path):
                 expected[t, subset] += chance
         assert torch.allclose(found.exp(), expected, atol=1e-5)
 
 
-def test_an_index_is_a_bit_and_a_place_in_its_subset():
-    paths, half = all_paths(5), 3
-    numbers = torch.tensor(list(paths)) * half + torch.randint(0, half, (len(paths), 5))
-    indices = vqvae.path_indices(numbers, 2 * half)
-    assert (indices // half).tolist() == [list(bits) for bits in paths.values()] and torch.equal(indices % half, numbers % half)
-    assert torch.equal(vqvae.path_numbers(indices, 2 * half), numbers)
+@pytest.mark.parametrize("base", BASES)
+def test_an_index_is_a_digit_and_a_place_in_its_subset(base):
+    paths, size = all_paths(5, base), 3
+    numbers = torch.tensor(list(paths)) * size + torch.randint(0, size, (len(paths), 5))
+    indices = vqvae.path_indices(numbers, base * size, base)
+    assert (indices // size).tolist() == [list(digits) for digits in paths.values()]
+    assert torch.equal(indices % size, numbers % size) and torch.equal(vqvae.path_numbers(indices, base * size, base), numbers)
 
 
+@pytest.mark.parametrize(("base", "size"), [(2, 3), (4, 1)])
 @pytest.mark.parametrize("prior", [1, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 1e-3])
-def test_soft_assignments_by_hand(temperature, prior):
-    length, dim, quarter = 3, 2, 3
-    z, codebook, log_w = (torch.randn(shape, dtype=torch.float64) for shape in ((2 * length, dim), (4 * quarter, dim),
-                                                                                (4 * quarter,)))
+def test_soft_assignments_by_hand(temperature, prior, base, size):
+    length, dim, codes = 3, 2, base**2 * size
+    z, codebook, log_w = (torch.randn(shape, dtype=torch.float64) for shape in ((2 * length, dim), (codes, dim), (codes,)))
     log_w *= prior
     distances = torch.cdist(z, codebook).square()
-    P, nearest = torch.zeros(2 * length, 4 * quarter, dtype=torch.float64), []
+    P, nearest = torch.zeros(2 * length, codes, dtype=torch.float64), []
     for start in (0, length):
-        choices = [tuple(subset * quarter + place for subset, place in zip(path, places))
-                   for path in all_paths(length) for places in itertools.product(range(quarter), repeat=length)]
-        log_weights = [sum(log_w[k] - distances[start + t, k] / temperature for t, k in enumerate(codes)) for codes in choices]
-        for codes, chance in zip(choices, torch.stack(log_weights).softmax(0)):
-            for t, k in enumerate(codes):
+        choices = [tuple(subset * size + place for subset, place in zip(path, places))
+                   for path in all_paths(length, base) for places in itertools.product(range(size), repeat=length)]
+        log_weights = [sum(log_w[k] - distances[start + t, k] / temperature for t, k in enumerate(some)) for some in choices]
+        for some, chance in zip(choices, torch.stack(log_weights).softmax(0)):
+            for t, k in enumerate(some):
                 P[start + t, k] += chance
-        nearest += min(choices, key=lambda codes: sum(distances[start + t, k] for t, k in enumerate(codes)))
-    got = vqvae.soft_assign_paths(z, codebook, log_w, torch.tensor(temperature, dtype=torch.float64), length)
-    assert got.indices.tolist() == nearest == vqvae.nearest_path(z, codebook, length).tolist()
+        nearest += min(choices, key=lambda some: sum(distances[start + t, k] for t, k in enumerate(some)))
+    got = vqvae.soft_assign_paths(z, codebook, log_w, torch.tensor(temperature, dtype=torch.float64), length, base**2)
+    assert got.indices.tolist() == nearest == vqvae.nearest_path(z, codebook, length, base**2).tolist()
     assert torch.allclose(got.stats, torch.cat([P.T @ z, P.sum(0)[:, None]], 1))
     assert torch.allclose(got.overlap, len(z) - P.square().sum())
     distortion = distances[torch.arange(len(z)), torch.tensor(nearest)].sum()
     assert torch.allclose(z.square().sum() - 2 * got.score, distortion)
 
 
+@pytest.mark.parametrize("subsets", [4, 16])
 @pytest.mark.parametrize("log_w", [torch.zeros(16), torch.arange(16) * 100.0])
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1.0, 1e30])
-def test_soft_assignments_are_finite_at_any_temperature(temperature, log_w):
+def test_soft_assignments_are_finite_at_any_temperature(temperature, log_w, subsets):
     z = torch.randn(24, 3)
-    got = vqvae.soft_assign_paths(z, torch.randn(16, 3), log_w, torch.tensor(temperature), 8)
+    got = vqvae.soft_assign_paths(z, torch.randn(16, 3), log_w, torch.tensor(temperature), 8, subsets)
     assert got.stats.isfinite().all() and got.stats[:, -1].sum().item() == pytest.approx(24, rel=1e-4)
     if temperature == 1e-30 and not log_w.any():
         assert torch.equal(got.stats[:, -1].round(), torch.bincount(got.indices, minlength=16).float())
 
 
-def test_chunks_change_nothing():
+@pytest.mark.parametrize("subsets", [4, 16])
+def test_chunks_change_nothing(subsets):
     z, codebook, log_w = torch.randn(4096, 4), torch.randn(4096, 4), torch.randn(4096)
-    whole = vqvae.soft_assign_paths(z, codebook, log_w, torch.tensor(0.5), 32)
-    parts = [vqvae.soft_assign_paths(part, codebook, log_w, torch.tensor(0.5), 32) for part in z.split(320)]
+    whole = vqvae.soft_assign_paths(z, codebook, log_w, torch.tensor(0.5), 32, subsets)
+    parts = [vqvae.soft_assign_paths(part, codebook, log_w, torch.tensor(0.5), 32, subsets) for part in z.split(320)]
     assert torch.equal(whole.indices, torch.cat([part.indices for part in parts]))
     assert torch.allclose(whole.stats, sum(part.stats for part in parts), rtol=1e-4, atol=1e-4)
 
 
-def trained(kind, trellis, steps=80, **options):
-    """A quantizer of 16 codes an index on Gaussian latents (32, 4, 4, 4), and fresh such latents."""
+def gaussian(count):
+    """Latents (count, 4, 4, 4)."""
+    return torch.randn(count, 4, 4, 4)
+
+
+def mixed(count):
+    """Latents (count, 4, 4, 4), every other one small, as where images are smooth."""
+    return torch.randn(count, 4, 4, 4) * torch.where(torch.rand(count, 1, 4, 4) < 0.5, 0.2, 1.0)
+
+
+def trained(kind, trellis, latents=gaussian, steps=80, **options):
+    """A quantizer of 16 codes an index on latents, and fresh ones."""
     quantizer = kind(16, 4, trellis=trellis, **options).train()
     for step in range(steps):
         quantizer.set_progress(step / steps)
-        quantizer(torch.randn(32, 4, 4, 4))
-    return quantizer.eval(), torch.randn(64, 4, 4, 4)
+        quantizer(latents(32))
+    return quantizer.eval(), latents(256)
 
 
 @pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
 def test_a_trellis_has_less_error_at_the_same_rate(kind):
     errors = []
-    for trellis in (False, True):
-        quantizer, z = trained(kind, trellis)
+    for trellis, codes in ((0, 16), (4, 32), (16, 64)):
+        quantizer, z = trained(kind, trellis, mixed)
         z_q, indices, _ = quantizer(z)
-        assert indices.min() >= 0 and indices.max() < 16 and len(quantizer.codebook) == (32 if trellis else 16)
+        assert indices.min() >= 0 and indices.max() < 16 and len(quantizer.codebook) == codes
         assert torch.equal(quantizer.codes(indices).permute(0, 3, 1, 2), z_q)
         errors.append((z - z_q).square().mean())
-    assert errors[1] < 0.95 * errors[0]  # 0.2 dB
+    assert errors[1] < 0.95 * errors[0] and errors[2] < 0.95 * errors[1]  # 0.2 dB each
 
 
-def test_balance_reaches_every_code_of_the_trellis():
-    quantizer, z = trained(BAQuantizer, True, steps=300, entropy_weight=math.inf)
-    share = torch.bincount(quantizer.code_numbers(quantizer(z).indices).flatten(), minlength=32) / z[:, 0].numel()
-    assert share.min() > 0.015 and share.max() < 0.06  # of 1/32
+@pytest.mark.parametrize(("trellis", "codes"), [(4, 32), (16, 64)])
+def test_balance_reaches_every_code_of_the_trellis(trellis, codes):
+    quantizer, z = trained(BAQuantizer, trellis, steps=300, entropy_weight=math.inf)
+    share = torch.bincount(quantizer.code_numbers(quantizer(z).indices).flatten(), minlength=codes) / z[:, 0].numel()
+    assert share.min() > 0.48 / codes and share.max() < 1.92 / codes
 
 
 def test_paths_do_not_leave_their_image():
-    quantizer, z = trained(VQEMAQuantizer, True)
+    quantizer, z = trained(VQEMAQuantizer, 4)
     whole, last = quantizer(z), quantizer(z[-1:])
     assert torch.equal(whole.indices[-1:], last.indices) and torch.equal(whole.z_q[-1:], last.z_q)
 
 
+@pytest.mark.parametrize(("trellis", "codes"), [(4, 16), (16, 32)])
 @pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
-def test_with_prediction_each_half_has_a_path(kind):
-    quantizer = PredictiveQuantizer(kind(8, 3, trellis=True), kind(8, 3, trellis=True)).train()
+def test_with_prediction_each_half_has_a_path(kind, trellis, codes):
+    quantizer = PredictiveQuantizer(kind(8, 3, trellis=trellis), kind(8, 3, trellis=trellis)).train()
     z = torch.randn(6, 3, 5, 4)
     for _ in range(3):
         quantizer(z)
@@ -143,9 +165,9 @@ def test_with_prediction_each_half_has_a_path(kind):
     first, _ = vqvae.split_halves(z.permute(0, 2, 3, 1))  # (B, n, D)
     assert torch.equal(vqvae.split_halves(indices)[0], quantizer.first(first.mT).indices)
     first, second = vqvae.split_halves(quantizer.code_numbers(indices))
-    assert first.max() < 16 <= second.min() and second.max() < 32
+    assert first.max() < codes <= second.min() and second.max() < 2 * codes
     with pytest.raises(ValueError, match="trellis"):
-        PredictiveQuantizer(kind(8, 3, trellis=True), kind(8, 3))
+        PredictiveQuantizer(kind(8, 3, trellis=trellis), kind(8, 3, trellis=20 - trellis))
 
 
 def test_perplexity_is_that_of_an_index_whose_state_is_known():
@@ -154,9 +176,13 @@ def test_perplexity_is_that_of_an_index_whose_state_is_known():
     odd_subsets = torch.tensor([0, 0, 5, 5, 0, 0, 5, 5])  # all bits 1: the bit before says so
     assert vqvae.codebook_metrics(odd_subsets, 4)["perplexity"] == pytest.approx(4)
     assert vqvae.codebook_metrics(torch.tensor([[6, 0, 3, 3, 0, 0, 0, 0]]), 4)["perplexity"] == pytest.approx(math.sqrt(2))
+    assert vqvae.codebook_metrics(torch.full((2, 64), 5), 16)["perplexity"] == pytest.approx(16)
+    one_digit = torch.tensor([0, 0, 0, 3] * 4)  # 16 states: the digit before was 3, all four subsets it allows are even
+    assert vqvae.codebook_metrics(one_digit, 4)["perplexity"] == pytest.approx(4)
+    assert vqvae.codebook_metrics(torch.tensor([1, 2, 4, 8] * 4), 4)["perplexity"] == pytest.approx(4)
 
 
-@pytest.mark.parametrize("settings", [dict(codebook_size=15), dict(trellis="8"),
+@pytest.mark.parametrize("settings", [dict(codebook_size=15), dict(trellis="8"), dict(trellis="16", codebook_size=510),
                                       dict(dataset="dead_leaves", downsample=16, image_size=16)])
 def test_bad_settings(settings):
     with pytest.raises(vqvae.UserError, match="trellis"):
@@ -164,34 +190,38 @@ def test_bad_settings(settings):
 
 
 def test_odd_codebooks_and_latents_without_a_path_are_refused():
-    with pytest.raises(ValueError, match="even"):
-        VQEMAQuantizer(15, 4, trellis=True)
+    with pytest.raises(ValueError, match="divide"):
+        VQEMAQuantizer(15, 4, trellis=4)
+    with pytest.raises(ValueError, match="0, 4 or 16"):
+        VQEMAQuantizer(16, 4, trellis=8)
     with pytest.raises(ValueError, match="path"):
-        VQEMAQuantizer(16, 4, trellis=True)(torch.randn(8, 4))
+        VQEMAQuantizer(16, 4, trellis=4)(torch.randn(8, 4))
     with pytest.raises(ValueError, match="two latents or more"):  # half of the codes would be out of reach
-        VQEMAQuantizer(16, 4, trellis=True)(torch.randn(8, 4, 1, 1))
-    halves = PredictiveQuantizer(VQEMAQuantizer(16, 4, trellis=True), VQEMAQuantizer(16, 4, trellis=True))
+        VQEMAQuantizer(16, 4, trellis=4)(torch.randn(8, 4, 1, 1))
+    halves = PredictiveQuantizer(VQEMAQuantizer(16, 4, trellis=4), VQEMAQuantizer(16, 4, trellis=4))
     with pytest.raises(ValueError, match="4 latents or more"):  # before either half has learned
         halves(torch.randn(8, 4, 1, 3))
     assert not halves.first.initialized
 
 
-@pytest.mark.parametrize(("quantizer", "prediction"), [("vq_ema", "none"), ("ba_vq", "checkerboard")])
-def test_a_run_its_metrics_and_its_codes(tiny_config, tmp_path, quantizer, prediction, capsys):
-    config = tiny_config(trellis="4", quantizer=quantizer, prediction=prediction, epochs=3, test_subset=39)
+@pytest.mark.parametrize(("quantizer", "prediction", "trellis", "codes"), [
+    ("vq_ema", "none", "4", 32), ("ba_vq", "checkerboard", "4", 32), ("ba_vq", "scaled", "16", 64)])
+def test_a_run_its_metrics_and_its_codes(tiny_config, tmp_path, quantizer, prediction, trellis, codes, capsys):
+    config = tiny_config(trellis=trellis, quantizer=quantizer, prediction=prediction, epochs=3, test_subset=39)
+    halves = 1 if prediction == "none" else 2
     metrics = vqvae.train(config)
-    few = f"{metrics['num_indices']} test indices are few for 64 codes"  # not for the 32 without prediction
-    assert (few in capsys.readouterr().out) == (prediction == "checkerboard")
+    few = f"{metrics['num_indices']} test indices are few for {halves * codes} codes"  # not for 32
+    assert (few in capsys.readouterr().out) == (halves * codes > 32)
     folder = Path(config.out_dir) / config.name
     model, loaded = vqvae.load_model(folder / "final_model.pt")
     images = vqvae.test_images(loaded)
     again = vqvae.evaluate(model, images, 16)
     assert again == {key: metrics[key] for key in again}
     histogram = vqvae.code_histogram(model, images, 16)
-    assert histogram.shape == ((2 if prediction == "checkerboard" else 1), 32) and histogram.sum() == metrics["num_indices"]
+    assert histogram.shape == (halves, codes) and histogram.sum() == metrics["num_indices"]
     assert metrics["perplexity"] <= 16 and metrics["usage_rate"] == (histogram > 0).double().mean()
     record, = analysis.load_runs([folder])
-    assert record["method"].endswith("trellis")
+    assert record["method"].endswith("trellis" if trellis == "4" else "trellis 16")
     analysis.main([str(folder)])
     export_codes.main(["encode", "--checkpoint", str(folder / "final_model.pt"), "--output", str(tmp_path / "codes.npz")])
     indices = np.load(tmp_path / "codes.npz")["indices"]
