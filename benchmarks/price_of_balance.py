@@ -8,9 +8,13 @@ codes are used. Lloyd's algorithm (1982, IEEE Trans. IT 28(2)) from VQ-EMA's cod
 water-filling asks that all directions with codes have the same error, and that no other has more: the squared error of a tile
 is printed by direction of the latents, and by principal component of all that is left.
 
+The same is done for Gaussian numbers with the mean and the covariance of the latents: what differs between the two is due to
+their other shape, as of a mixture of smooth and rough places.
+
 Theory: at high resolution the squared error of codes with density g(x) is E[g^(-2/d)] up to a constant (Zador 1982, IEEE
 Trans. IT 28(2)). It is least for g ~ p^(d/(d+2)), p the density of the latents; cells of equal mass have g = p. For a Gaussian
-p the ratio of the two depends only on d, the number of live directions: vqvae.live_directions at log2 K bits.
+p the ratio of the two depends only on d, the number of live directions: vqvae.live_directions at log2 K bits. What it costs in
+the image follows from how much the image's squared error grows with that of the codes.
 Writes results/price_of_balance.json. The runs need validation images and the euclid metric, and neither prediction nor a trellis.
 """
 
@@ -109,6 +113,36 @@ def unquantized_psnr(model, images):
     return vqvae.psnr(torch.cat(errors).double().mean()).item()
 
 
+@torch.no_grad()
+def measure_alone(quantizer, z):
+    """Distortion and perplexity of a quantizer on rows z (N, D)."""
+    numbers = quantizer.nearest(z)
+    histogram = torch.bincount(numbers, minlength=quantizer.codebook_size)
+    return {"quantization_error": (z - quantizer.codebook[numbers]).square().sum(1).mean().item(),
+            "perplexity": vqvae.codebook_metrics(histogram, quantizer.codebook_size)["perplexity"]}
+
+
+def gaussian_like(z, count):
+    """(count, D): Gaussian numbers with the mean and the covariance of z (N, D)."""
+    values, vectors = torch.linalg.eigh(torch.cov(z.T).view(z.shape[1], -1))
+    return z.mean(0) + torch.randn(count, z.shape[1], device=z.device) @ (vectors * values.clamp_min(0).sqrt()).T
+
+
+@torch.no_grad()
+def error_growth(model, images, shift=0.05):
+    """By how many percent the image's squared error grows for one percent of the codes' (0 to 1 where they are its only source).
+
+    From codes moved by `shift` of their distance to the latents, towards them and away. images uint8 (N, S, S, 3).
+    """
+    errors = torch.zeros(2, dtype=torch.float64)
+    for x in map(vqvae.to_float, images.split(500)):
+        z = model.latents(x)
+        gap = model.quantizer(z).z_q - z
+        for i, factor in enumerate((1 - shift, 1 + shift)):
+            errors[i] += (model.reconstruct(z + factor * gap) - x).square().sum().cpu().double()
+    return (errors.log().diff() / (2 * math.log((1 + shift) / (1 - shift)))).item()
+
+
 def open_run(run):
     """(model, Config) of a run that has what `price` needs. Raises UserError."""
     model, config = vqvae.load_model(run)
@@ -119,7 +153,7 @@ def open_run(run):
 
 
 def price(run, weights, passes, seed):
-    """The record of one run: theory, and VQ-EMA and BA-VQ fitted to its latents."""
+    """The record of one run: theory, and VQ-EMA and BA-VQ fitted to its latents and to Gaussian ones of their covariance."""
     model, config = open_run(run)
     train_images, val_images = vqvae.training_images(config)
     with vqvae.eval_mode(model):
@@ -127,40 +161,49 @@ def price(run, weights, passes, seed):
         plain = unquantized_psnr(model, val_images)
         d = vqvae.live_directions(torch.cov(z.T).view(z.shape[1], -1), math.log2(config.codebook_size)).shape[1]
         record = {"run": config.name, "config": config.to_dict(), "unquantized_psnr": plain, "live_directions": d,
-                  "theory_distortion": balanced_to_best(d), "fits": {}}
+                  "theory_distortion": balanced_to_best(d), "error_growth": error_growth(model, val_images), "fits": {},
+                  "gaussian": {}}
         per_image = (config.image_size // config.downsample) ** 2
         fresh = dict(ema_decay=None, batch_size=max(1, BATCH // per_image))  # the decay for steps of BATCH latents
         settings = {"VQ-EMA": dict(quantizer="vq_ema", vq_recipe="tuned"),
                     **{f"BA-VQ λ={w:g}".replace("inf", "∞"): dict(quantizer="ba_vq", entropy_weight=w) for w in weights}}
-        for name, values in settings.items():
-            fitted = fit(dataclasses.replace(config, **fresh, **values), z, passes, seed)
-            record["fits"][name] = measure(model, fitted, val_images)
-            if name == "VQ-EMA":
-                record["fits"]["the same, then Lloyd"] = measure(model, lloyd(fitted, z), val_images)
+        torch.manual_seed(seed)
+        gaussian, unseen = gaussian_like(z, 2 * len(z)).chunk(2)
+        for source, rows, measured in (("fits", z, lambda quantizer: measure(model, quantizer, val_images)),
+                                       ("gaussian", gaussian, lambda quantizer: measure_alone(quantizer, unseen))):
+            for name, values in settings.items():
+                fitted = fit(dataclasses.replace(config, **fresh, **values), rows, passes, seed)
+                record[source][name] = measured(fitted)
+                if name == "VQ-EMA":
+                    record[source]["the same, then Lloyd"] = measured(lloyd(fitted, rows))
         torch.manual_seed(seed)
         errors, left = error_by_direction(model, val_images[:500])
         record.update({"error_by_direction": errors.tolist(), "error_left": left.tolist()})
     if d > 2:
-        share = 1 - 10 ** ((record["fits"]["VQ-EMA"]["psnr"] - plain) / 10)  # of the squared error, due to the quantizer
-        record["theory_psnr"] = -10 * math.log10(1 + share * (record["theory_distortion"] - 1))
+        record["theory_psnr"] = -10 * math.log10(1 + record["error_growth"] * (record["theory_distortion"] - 1))
     return record
 
 
 def report(record):
     """Markdown of one record."""
-    base = record["fits"]["VQ-EMA"]
+    base, gaussian_base = record["fits"]["VQ-EMA"], record["gaussian"]["VQ-EMA"]
     size = record["config"]["codebook_size"]
-    rows = [[name, f"{fit['perplexity'] / size:.1%}", f"{fit['quantization_error'] / base['quantization_error']:.3f}",
-             f"{fit['psnr']:.3f}", f"{fit['psnr'] - base['psnr']:+.3f}"] for name, fit in record["fits"].items()]
+
+    def use_and_error(fit, base):
+        return [f"{fit['perplexity'] / size:.1%}", f"{fit['quantization_error'] / base['quantization_error']:.3f}"]
+
+    rows = [[name, *use_and_error(fit, base), f"{fit['psnr']:.3f}", f"{fit['psnr'] - base['psnr']:+.3f}",
+             *use_and_error(record["gaussian"][name], gaussian_base)] for name, fit in record["fits"].items()]
     return "\n".join([
         f"{record['run']}: K={size}, {record['live_directions']} live directions, without quantizer "
-        f"{record['unquantized_psnr']:.2f} dB.",
+        f"{record['unquantized_psnr']:.2f} dB. One percent of the codes' error is {record['error_growth']:.2f}% of the image's.",
         f"Theory, balanced against best: distortion × {record['theory_distortion']:.3f}, PSNR {record['theory_psnr']:+.3f} dB."
         if "theory_psnr" in record else "Theory, balanced against best: no finite factor up to two live directions.",
         *(f"{what}: {', '.join(f'{e:.4f}' for e in record[key][:12])}" for what, key in (
             ("Squared error of a tile by direction of the latents", "error_by_direction"),
             ("Largest components of all that is left", "error_left"))),
-        "", table(["quantizer", "perplexity/K", "distortion / VQ-EMA", "PSNR dB", "Δ PSNR dB"], rows), ""])
+        "", table(["quantizer", "perplexity/K", "distortion / VQ-EMA", "PSNR dB", "Δ PSNR dB", "Gaussian: perplexity/K",
+                   "distortion / VQ-EMA"], rows), ""])
 
 
 def parse(argv):

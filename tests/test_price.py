@@ -74,6 +74,25 @@ def test_error_by_direction_of_a_linear_decoder(monkeypatch):
     assert left[2:].abs().max() < 1e-5
 
 
+def test_gaussian_numbers_have_the_mean_and_the_covariance():
+    z = torch.rand(500, 3) @ torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0]]) + 5  # of two directions
+    drawn = price_of_balance.gaussian_like(z, 200_000)
+    assert torch.allclose(drawn.mean(0), z.mean(0), atol=0.02)
+    assert torch.allclose(torch.cov(drawn.T), torch.cov(z.T), atol=0.02)
+
+
+def test_growth_of_the_images_error(monkeypatch):
+    model = LinearAutoencoder()
+    model.z = torch.randn(50, 2, 4, 4)
+    monkeypatch.setattr(vqvae, "to_float", lambda images: model.reconstruct(model.z) + rest)
+    images = torch.zeros(50, 8, 8, 3, dtype=torch.uint8)
+    rest = torch.zeros(50, 3, 8, 8)
+    assert price_of_balance.error_growth(model, images) == pytest.approx(1, rel=1e-3)  # the codes' error is all there is
+    due = (model.reconstruct(model.z.round() - model.z)).square().mean()
+    rest = torch.randn(50, 3, 8, 8) * due.sqrt()  # as much again of another kind
+    assert price_of_balance.error_growth(model, images) == pytest.approx(0.5, rel=0.1)
+
+
 def test_prices_of_a_run(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(price_of_balance, "RESULTS", tmp_path / "price.json")
     config = vqvae.Config(**tiny(prediction="none"))
@@ -89,10 +108,10 @@ def test_prices_of_a_run(tiny, tmp_path, monkeypatch, capsys):
     assert sum(record["error_left"]) == pytest.approx(3 * config.downsample**2 * 10 ** (-fits["VQ-EMA"]["psnr"] / 10), rel=0.2)
     assert fits["BA-VQ λ=∞"]["perplexity"] > fits["BA-VQ λ=1"]["perplexity"]
     assert all(fit["psnr"] < record["unquantized_psnr"] + 0.5 and fit["quantization_error"] > 0 for fit in fits.values())
-    # The price in theory: the quantizer's part of the squared error grows by the factor of the distortion.
-    whole, rest = (10 ** (-value / 10) for value in (fits["VQ-EMA"]["psnr"], record["unquantized_psnr"]))
-    dearer = rest + (whole - rest) * record["theory_distortion"]
-    assert record["theory_psnr"] == pytest.approx(-10 * math.log10(dearer / whole))
+    assert set(record["gaussian"]) == set(fits)
+    assert record["gaussian"]["BA-VQ λ=∞"]["perplexity"] > record["gaussian"]["BA-VQ λ=1"]["perplexity"]
+    dearer = 1 + record["error_growth"] * (record["theory_distortion"] - 1)
+    assert record["theory_psnr"] == pytest.approx(-10 * math.log10(dearer))
     assert "Theory, balanced" in capsys.readouterr().out
     assert (folder / "final_model.pt").read_bytes() == before
 
@@ -110,7 +129,7 @@ def test_codebooks_are_fitted_with_the_tuned_decay_whatever_the_run_had(tiny, tm
     decays, fit = [], price_of_balance.fit
     monkeypatch.setattr(price_of_balance, "fit", lambda config, *args: decays.append(config.ema_decay) or fit(config, *args))
     price_of_balance.price(tmp_path / "experiments" / "tiny" / "final_model.pt", [1.0], 1, 0)
-    assert decays == [0.9, 0.9]  # VQ-EMA, BA-VQ; the run's own is 0.8
+    assert decays == [0.9] * 4  # VQ-EMA, BA-VQ, on latents and on Gaussian numbers; the run's own is 0.8
 
 
 @pytest.mark.parametrize(("flags", "message"), [
