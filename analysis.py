@@ -84,7 +84,7 @@ def method(config):
     name = f"VQ-EMA {config.vq_recipe}" if config.quantizer == "vq_ema" else f"BA-VQ λ={config.entropy_weight:g}"
     prediction = {"none": "", "checkerboard": " predictive", "scaled": " scaled"}[config.prediction]
     return (name + (" cosine" if config.metric == "cosine" else "") + prediction
-            + {"none": "", "4": " trellis", "16": " trellis 16"}[config.trellis])
+            + {"none": "", "4": " trellis"}.get(config.trellis, f" trellis {config.trellis}"))
 
 
 def identity(record):

@@ -117,7 +117,7 @@ class Config:
     downsample: int = option(4, "image pixels per latent, per side", choices=(2, 4, 8, 16))
     # quantizer
     quantizer: str = option("ba_vq", "quantizer", choices=("vq_ema", "ba_vq"))
-    codebook_size: int = option(512, "values K of an index; K codes, 2K with prediction; a trellis has 2 or 4 times as many",
+    codebook_size: int = option(512, "values K of an index; K codes, 2K with prediction; a trellis has 2, 4 or 8 times as many",
                                low=1, high=1 << 20)
     metric: str = option("euclid", "distance between latents and codes", choices=("euclid", "cosine"))
     commitment_weight: float = option(0.25, "weight of the commitment loss", low=0, high=1e6)
@@ -140,8 +140,9 @@ class Config:
                                     "codes are as much larger or smaller (default: checkerboard; none for cosine, vq_ema "
                                     "classical, images of one latent)",
                                     choices=("none", "checkerboard", "scaled"))
-    trellis: str = option("none", "'4' or '16' states: the codes of an image are chosen jointly, along a path through a trellis, "
-                          "each among codebook_size of two or four times as many codes", choices=("none", "4", "16"))
+    trellis: str = option("none", "'4', '16' or '64' states: the codes of an image are chosen jointly, along a path through a "
+                          "trellis, each among codebook_size of two, four or eight times as many codes",
+                          choices=("none", "4", "16", "64"))
     # training
     warmup_fraction: float | None = option(None, "fraction of training before the quantizer joins in "
                                            "(default 0.1; vq_ema classical 0)", low=0, high=0.9)
@@ -637,7 +638,7 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
 # One digit b of its index, to the base B, says which of the B, the rest which code there. So an index has K values, the codebook
 # B K codes, and a path through it is chosen for all latents of an image together (Fischer 1991): cells of many dimensions are
 # rounder. The subset is B (b xor b'') + b', of b and the digits before it, b' and b'', which are the state; first 0, 0. B = 2 is
-# Ungerboeck's trellis of four states (1982), B = 4 two of it side by side, one for each bit of b.
+# Ungerboeck's trellis of four states (1982), B = 4 and 8 two and three of it side by side, one for each bit of b.
 
 
 def trellis_branches(states: int) -> int:
@@ -819,8 +820,7 @@ class Quantizer(Float32Module):
     ema_decay in [0, 1); commitment_weight: of the mean of (z - z_q)^2 over vectors and dimensions (van den Oord 2017
     equation 3); for cosine of the mean of |z - z_q|^2, in [0, 4], since single dimensions of unit vectors vary little;
     restart_threshold: fraction of the mean EMA count below which a code is dead (0: never); trellis: choose the codes of an
-    image along a path through a trellis of that many states, 4 or 16 (0: none), each among K of B K codes, B = 2 or 4, which
-    divides K.
+    image along a path through a trellis of B^2 states, 4, 16 or 64 (0: none), each among K of B K codes; B must divide K.
     Raises ValueError on a value outside its range.
     """
 
@@ -837,8 +837,8 @@ class Quantizer(Float32Module):
         if not (0 <= ema_decay < 1 and 0 <= commitment_weight < math.inf and 0 <= restart_threshold <= 1):
             raise ValueError(f"ema_decay {ema_decay} must be in [0, 1), commitment_weight {commitment_weight} in [0, inf), "
                              f"restart_threshold {restart_threshold} in [0, 1]")
-        if trellis not in (0, 4, 16) or codebook_size % trellis_branches(trellis):
-            raise ValueError(f"trellis {trellis} must be 0, 4 or 16, and its root must divide codebook_size {codebook_size}")
+        if trellis not in (0, 4, 16, 64) or codebook_size % trellis_branches(trellis):
+            raise ValueError(f"trellis {trellis} must be 0, 4, 16 or 64, and its root must divide codebook_size {codebook_size}")
         self.codebook_size, self.dim, self.metric = codebook_size, dim, metric
         self.trellis, self.branches = trellis, trellis_branches(trellis)
         codes = self.branches * codebook_size

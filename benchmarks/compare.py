@@ -42,7 +42,8 @@ import vqvae
 CLASSICAL = ["--quantizer", "vq_ema", "--vq_recipe", "classical"]
 NO_WARMUP, NO_RESTARTS = ["--warmup_fraction", "0"], ["--restart_threshold", "0"]
 NO_PREDICTION = ["--prediction", "none"]
-TRELLIS, TRELLIS16 = ["--trellis", "4"], ["--trellis", "16"]
+TRELLIS = ["--trellis", "4"]
+SCALED_TRELLISES = {"": "4", "16": "16", "64": "64"}  # suffix of the method's name: states
 VQ_EMA = ["--quantizer", "vq_ema", *NO_PREDICTION]
 
 
@@ -60,10 +61,10 @@ METHODS = {
     **{f"ba_vq_lambda{w:g}_predictive_trellis": [*ba_vq(w, "checkerboard"), *TRELLIS] for w in (10, 50, 100, math.inf)},
     "vq_ema_scaled": ["--quantizer", "vq_ema", "--prediction", "scaled"],
     **{f"ba_vq_lambda{w:g}_scaled": ba_vq(w, "scaled") for w in (10, 100, math.inf)},
-    "vq_ema_scaled_trellis": ["--quantizer", "vq_ema", "--prediction", "scaled", *TRELLIS],
-    **{f"ba_vq_lambda{w:g}_scaled_trellis": [*ba_vq(w, "scaled"), *TRELLIS] for w in (10, 100, math.inf)},
-    "vq_ema_scaled_trellis16": ["--quantizer", "vq_ema", "--prediction", "scaled", *TRELLIS16],
-    **{f"ba_vq_lambda{w:g}_scaled_trellis16": [*ba_vq(w, "scaled"), *TRELLIS16] for w in (10, 100, math.inf)},
+    **{f"vq_ema_scaled_trellis{suffix}": ["--quantizer", "vq_ema", "--prediction", "scaled", "--trellis", states]
+       for suffix, states in SCALED_TRELLISES.items()},
+    **{f"ba_vq_lambda{w:g}_scaled_trellis{suffix}": [*ba_vq(w, "scaled"), "--trellis", states]
+       for suffix, states in SCALED_TRELLISES.items() for w in (10, 100, math.inf)},
     # One factor at a time between the two recipes: what keeps the codes of a large codebook alive (FINDINGS.md).
     "vq_ema_classical_decay": [*CLASSICAL, "--ema_decay", "0.97475"],  # that of the tuned recipe at K = 16,384
     "vq_ema_classical_decay99": [*CLASSICAL, "--ema_decay", "0.99"],  # van den Oord 2017, appendix A.1
@@ -88,6 +89,7 @@ LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_predictive": "VQ-EMA tuned, predicti
           "vq_ema_scaled": "VQ-EMA tuned, scaled prediction",
           "vq_ema_scaled_trellis": "VQ-EMA tuned, scaled prediction and trellis",
           "vq_ema_scaled_trellis16": "VQ-EMA tuned, scaled prediction, 16 states",
+          "vq_ema_scaled_trellis64": "VQ-EMA tuned, scaled prediction, 64 states",
           "vq_ema_classical": "VQ-EMA classical", "vq_ema_classical_decay99": "VQ-EMA classical, decay 0.99",
           "lib_ema": "VQ-EMA, k-means start, expiry",
           "cvq": "CVQ-VAE", "lib_rotation": "VQ-EMA, rotation trick", "lib_cosine": "VQ-EMA, cosine", "lib_simvq": "SimVQ",
@@ -97,7 +99,8 @@ CURVES = {("none", "none"): dict(color="#0072B2", label="BA-VQ over λ"),  # (pr
           ("checkerboard", "4"): dict(color="#7B1FA2", label="BA-VQ over λ, prediction and trellis"),
           ("scaled", "none"): dict(color="#8D6E63", label="BA-VQ over λ, scaled prediction"),
           ("scaled", "4"): dict(color="#C2185B", label="BA-VQ over λ, scaled prediction and trellis"),
-          ("scaled", "16"): dict(color="#00695C", label="BA-VQ over λ, scaled prediction, 16 states")}
+          ("scaled", "16"): dict(color="#00695C", label="BA-VQ over λ, scaled prediction, 16 states"),
+          ("scaled", "64"): dict(color="#F9A825", label="BA-VQ over λ, scaled prediction, 64 states")}
 REFERENCE = "vq_ema"  # differences are taken to this method, seed by seed
 OF_METHODS = {*analysis.QUANTIZER, "prediction", "trellis", "commitment_weight", "seed"}  # may differ within a table
 
@@ -267,7 +270,7 @@ def rate_distortion_figure(path):
         for name, runs in sorted(methods.items()):
             rate = statistics.mean(runs[seed]["bits_per_index"] for seed in shared)
             quality = statistics.mean(runs[seed]["psnr"] for seed in shared)
-            if re.fullmatch(r"ba_vq_lambda(\d+|inf)(_(predictive|scaled)(_trellis(16)?)?)?", name):
+            if re.fullmatch(r"ba_vq_lambda(\d+|inf)(_(predictive|scaled)(_trellis(16|64)?)?)?", name):
                 config = next(iter(runs.values()))["config"]
                 found[config["prediction"], config["trellis"]].append((float(config["entropy_weight"]), rate, quality))
                 continue

@@ -196,8 +196,10 @@ def test_bad_words(words, results, capsys):
 def test_rate_distortion_curves_with_and_without_prediction_and_trellis(results, tiny_config, tmp_path, monkeypatch):
     config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, batch_size=128, epochs=10).to_dict()
     kinds = [(10.0, "none", "none"), (1.0, None, None), (10.0, "checkerboard", "none"), (3.0, "checkerboard", "none"),
-             (3.0, "checkerboard", "4"), (3.0, "scaled", "none"), (3.0, "scaled", "4"), (3.0, "scaled", "16")]
-    suffixes = ["", "", "_predictive", "_predictive", "_predictive_trellis", "_scaled", "_scaled_trellis", "_scaled_trellis16"]
+             (3.0, "checkerboard", "4"), (3.0, "scaled", "none"), (3.0, "scaled", "4"), (3.0, "scaled", "16"),
+             (3.0, "scaled", "64")]
+    suffixes = ["", "", "_predictive", "_predictive", "_predictive_trellis", "_scaled", "_scaled_trellis", "_scaled_trellis16",
+                "_scaled_trellis64"]
     for number, ((weight, prediction, trellis), suffix) in enumerate(zip(kinds, suffixes)):
         changed = {**config, "entropy_weight": weight, "prediction": prediction, "trellis": trellis}
         if prediction is None:  # from before there were any
@@ -213,7 +215,7 @@ def test_rate_distortion_curves_with_and_without_prediction_and_trellis(results,
     lines = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[0].lines}
     assert lines["ba_vq_lambda3_predictive_trellis_warmup20"] == [19]  # another setting than lambda: no point of a curve
     labels = [curve["label"] for curve in compare.CURVES.values()]
-    assert [lines[label] for label in labels] == [[21, 20], [23, 22], [24], [25], [26], [27]]
+    assert [lines[label] for label in labels] == [[21, 20], [23, 22], [24], [25], [26], [27], [28]]
 
 
 def test_rate_distortion_figure(results, tiny_config, tmp_path, monkeypatch):
