@@ -188,9 +188,9 @@ class Config:
             raise UserError("prediction: an image of one latent has no neighbours to predict from; lower downsample")
         if self.trellis != "none" and self.image_size == self.downsample:
             raise UserError("trellis: an image of one latent has no path to choose; lower downsample")
-        if self.codebook_size % trellis_branches(self.states):
+        if self.codebook_size % trellis_base(self.states):
             raise UserError(f"trellis: with {self.states} states codebook_size {self.codebook_size} must be divisible by "
-                            f"{trellis_branches(self.states)}")
+                            f"{trellis_base(self.states)}")
         if self.ema_decay is None:
             object.__setattr__(self, "ema_decay", default_ema_decay(self))
         if self.warmup_fraction is None:
@@ -223,7 +223,7 @@ def default_ema_decay(config: Config) -> float:
     if config.quantizer == "vq_ema" and config.vq_recipe == "classical":
         return 0.8
     vectors = config.batch_size * (config.image_size // config.downsample) ** 2 // (2 if config.prediction != "none" else 1)
-    codes = config.codebook_size * trellis_branches(config.states)
+    codes = config.codebook_size * trellis_base(config.states)
     return round(max(0.9, 1 - math.sqrt(vectors / codes) / 28), 5)
 
 
@@ -634,28 +634,28 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     return moved - moved.mean() if math.isinf(entropy_weight) else moved
 
 
-# A trellis: the codes are B^2 subsets, of which a latent may use B, by the path that the latents before it have taken.
-# One digit b of its index, to the base B, says which of the B, the rest which code there. So an index has K values, the codebook
-# B K codes, and a path through it is chosen for all latents of an image together (Fischer 1991): cells of many dimensions are
-# rounder. The subset is B (b xor b'') + b', of b and the digits before it, b' and b'', which are the state; first 0, 0. B = 2 is
-# Ungerboeck's trellis of four states (1982), B = 4 and 8 two and three of it side by side, one for each bit of b.
+# A trellis: the codes are m^2 subsets, of which a latent may use m, by the path that the latents before it have taken.
+# One digit b of its index, to the base m, says which of the m, the rest which code there. So an index has K values, the codebook
+# m K codes, and a path through it is chosen for all latents of an image together (Fischer 1991): cells of many dimensions are
+# rounder. The subset is m (b xor b'') + b', of b and the digits before it, b' and b'', which are the state; first 0, 0. m = 2 is
+# Ungerboeck's trellis of four states (1982), m = 4 and 8 two and three of it side by side, one for each bit of b.
 
 
-def trellis_branches(states: int) -> int:
-    """B, from the B^2 states of a trellis; 1 for 0 states, without one."""
+def trellis_base(states: int) -> int:
+    """m, from the m^2 states of a trellis; 1 for 0 states, without one."""
     return max(1, math.isqrt(states))
 
 
 def _xor(base, device):
-    """Table (B, B) of i xor j."""
+    """Table (base, base) of i xor j."""
     digits = torch.arange(base, device=device)
     return digits[:, None] ^ digits
 
 
 def _branches(subsets):
-    """Values of the subsets (..., B^2) -> of the branches (..., B, B, B), by the digits b'', b' and b."""
+    """Values of the subsets (..., base^2) -> of the branches (..., base, base, base), by the digits b'', b' and b."""
     base = math.isqrt(subsets.shape[-1])
-    values = subsets.unflatten(-1, (base, base)).mT  # (..., B, B) by b' and b xor b''
+    values = subsets.unflatten(-1, (base, base)).mT  # (..., base, base) by b' and b xor b''
     return values[..., _xor(base, values.device)].transpose(-3, -2)
 
 
@@ -820,7 +820,7 @@ class Quantizer(Float32Module):
     ema_decay in [0, 1); commitment_weight: of the mean of (z - z_q)^2 over vectors and dimensions (van den Oord 2017
     equation 3); for cosine of the mean of |z - z_q|^2, in [0, 4], since single dimensions of unit vectors vary little;
     restart_threshold: fraction of the mean EMA count below which a code is dead (0: never); trellis: choose the codes of an
-    image along a path through a trellis of B^2 states, 4, 16 or 64 (0: none), each among K of B K codes; B must divide K.
+    image along a path through a trellis of m^2 states, 4, 16 or 64 (0: none), each among K of m K codes; m must divide K.
     Raises ValueError on a value outside its range.
     """
 
@@ -837,11 +837,11 @@ class Quantizer(Float32Module):
         if not (0 <= ema_decay < 1 and 0 <= commitment_weight < math.inf and 0 <= restart_threshold <= 1):
             raise ValueError(f"ema_decay {ema_decay} must be in [0, 1), commitment_weight {commitment_weight} in [0, inf), "
                              f"restart_threshold {restart_threshold} in [0, 1]")
-        if trellis not in (0, 4, 16, 64) or codebook_size % trellis_branches(trellis):
+        if trellis not in (0, 4, 16, 64) or codebook_size % trellis_base(trellis):
             raise ValueError(f"trellis {trellis} must be 0, 4, 16 or 64, and its root must divide codebook_size {codebook_size}")
         self.codebook_size, self.dim, self.metric = codebook_size, dim, metric
-        self.trellis, self.branches = trellis, trellis_branches(trellis)
-        codes = self.branches * codebook_size
+        self.trellis, self.trellis_base = trellis, trellis_base(trellis)
+        codes = self.trellis_base * codebook_size
         self.ema_decay, self.commitment_weight, self.restart_threshold = ema_decay, commitment_weight, restart_threshold
         self.initialized = False
         self.register_buffer("codebook", torch.zeros(codes, dim, dtype=torch.float32))
@@ -874,7 +874,7 @@ class Quantizer(Float32Module):
         """Which codes indices (B, ...) int64 in [0, K) stand for, in their shape: without a trellis those of the same number."""
         if not self.trellis:
             return indices
-        return path_numbers(indices.flatten(1), self.codebook_size, self.branches).view_as(indices)
+        return path_numbers(indices.flatten(1), self.codebook_size, self.trellis_base).view_as(indices)
 
     def codes(self, indices: torch.Tensor) -> torch.Tensor:
         """Look up codes: indices (B, ...) int64 -> (B, ..., D), with a trellis those of a path for each of B."""
@@ -912,7 +912,7 @@ class Quantizer(Float32Module):
             if self.training:
                 quantized = flat + (quantized - flat).detach()  # straight-through estimator
         z_q = quantized.view(rows.shape).to(z.dtype).movedim(-1, 1)
-        indices = path_indices(numbers.view(-1, length), self.codebook_size, self.branches) if self.trellis else numbers
+        indices = path_indices(numbers.view(-1, length), self.codebook_size, self.trellis_base) if self.trellis else numbers
         return Quantized(z_q, indices.view(rows.shape[:-1]), loss)
 
     @torch.no_grad()
@@ -1131,7 +1131,7 @@ class PredictiveQuantizer(Float32Module):
             raise ValueError("first and second must have the same codebook_size and dim, and metric 'euclid'")
         if first.trellis != second.trellis:
             raise ValueError("first and second must have the same trellis, or none")
-        self.trellis, self.branches, self.scaled = first.trellis, first.branches, scaled
+        self.trellis, self.trellis_base, self.scaled = first.trellis, first.trellis_base, scaled
         self.first, self.second, self.codebook_size, self.dim = first, second, first.codebook_size, first.dim
         self.predictor = nn.Sequential(nn.Conv2d(self.dim + 1, hidden_dim, 5, padding=2), nn.ReLU(),
                                        nn.Conv2d(hidden_dim, self.dim + scaled, 1)).float()
@@ -1144,7 +1144,7 @@ class PredictiveQuantizer(Float32Module):
 
     @property
     def codebook(self) -> torch.Tensor:
-        """Codes of the first half, (K, D), with a trellis (B K, D): those that stand for whole latents."""
+        """Codes of the first half, (K, D), with a trellis (m K, D): those that stand for whole latents."""
         return self.first.codebook
 
     def set_progress(self, progress: float) -> None:
@@ -1615,8 +1615,8 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def codebook_metrics(histogram: torch.Tensor, codebook_size: int) -> dict[str, float]:
     """Perplexity, usage and bits per index of a code histogram (codes,), or of one for each half of the latents, (2, codes).
 
-    codebook_size K: values of an index, as many as codes or, with a trellis of B branches, one for B codes. The entropy is that
-    of the code's number, given the half and, with a trellis, the digit before, the subset's remainder by B: K codes are left.
+    codebook_size K: values of an index, as many as codes or, with a trellis to the base m, one for m codes. The entropy is that
+    of the code's number, given the half and, with a trellis, the digit before, the subset's remainder by m: K codes are left.
     """
     base = histogram.shape[-1] // codebook_size
     histogram = histogram.cpu().double()  # Apple GPUs have no float64
@@ -1633,7 +1633,7 @@ def codebook_metrics(histogram: torch.Tensor, codebook_size: int) -> dict[str, f
 def empty_histogram(model: VQVAE, codebook_size: int) -> torch.Tensor:
     """Zeros for `count_codes`: (1, codes) int64, or (2, codes) where each half of the latents has codes of its own."""
     codebooks = 2 if isinstance(model.quantizer, PredictiveQuantizer) else 1
-    codes = codebook_size * getattr(model.quantizer, "branches", 1)
+    codes = codebook_size * getattr(model.quantizer, "trellis_base", 1)
     return torch.zeros(codebooks, codes, dtype=torch.int64, device=next(model.parameters()).device)
 
 

@@ -45,6 +45,7 @@ fi
 
 run_step() {
   local methods=ba_vq_lambda10_predictive_trellis,ba_vq_lambdainf_predictive_trellis,vq_ema_predictive_trellis
+  methods=$methods,ba_vq_lambda100_scaled_trellis16,vq_ema_scaled_trellis16
   methods=$methods,ba_vq_lambda10_predictive,vq_ema,ba_vq_lambdainf_predictive,vq_ema_predictive,ba_vq_lambda10,vq_ema_classical
   local compare="$python benchmarks/compare.py --methods $methods --latent_dims 16 --jobs $jobs $large"
   case $1 in
