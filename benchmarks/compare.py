@@ -295,7 +295,7 @@ def rate_distortion_figure(path):
                          **dict(xytext=(5, 5)) if weight else dict(xytext=(-5, 5), ha="right"))
     if longest:
         _, rates, qualities = zip(*longest)
-        both[1].set(xlim=(min(rates) - 0.15, max(rates) + 0.1), ylim=(min(qualities) - 0.2, max(qualities) + 0.45))
+        both[1].set(xlim=(min(rates) - 0.15, max(rates) + 0.1), ylim=(min(qualities) - 0.2, max(qualities) + 0.75))
     for axes, title in zip(both, (f"CIFAR-10, D = {dim}, hidden {hidden}, {epochs} epochs", "the same, along the longest curve")):
         axes.set(xlabel="rate: entropy of the indices in bits (dotted: log2 K)", ylabel="PSNR on the test set in dB", title=title)
         axes.grid(alpha=0.3)
