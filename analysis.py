@@ -420,7 +420,7 @@ def codes_and_latents(records, models, images):
 def cell_radii(model, images):
     """Root mean squared distance from each code in use to its latents, (codes in use,)."""
     z, codebook = latents_of(model, images), model.quantizer.codebook
-    indices = vqvae.nearest_code(z, codebook)  # of all codes, also where a trellis would allow half of them
+    indices = vqvae.nearest_code(z, codebook)  # of all codes, also where a trellis would allow only some of them
     squared = (z - codebook[indices]).square().sum(1)
     sums = torch.zeros(len(codebook)).index_add_(0, indices, squared)
     counts = torch.bincount(indices, minlength=len(codebook))

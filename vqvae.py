@@ -634,11 +634,12 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     return moved - moved.mean() if math.isinf(entropy_weight) else moved
 
 
-# A trellis: the codes are m^2 subsets, of which a latent may use m, by the path that the latents before it have taken.
-# One digit b of its index, to the base m, says which of the m, the rest which code there. So an index has K values, the codebook
-# m K codes, and a path through it is chosen for all latents of an image together (Fischer 1991): cells of many dimensions are
-# rounder. The subset is m (b xor b'') + b', of b and the digits before it, b' and b'', which are the state; first 0, 0. m = 2 is
-# Ungerboeck's trellis of four states (1982), m = 4 and 8 two and three of it side by side, one for each bit of b.
+# A trellis: the codes are m^2 subsets, of which a latent may use m, by the path that the latents before it have taken. One digit
+# b of its index, to the base m, says which of the m, the rest which code there. So an index has K values, the codebook m K codes,
+# and a path through it is chosen for all latents of an image together (Fischer 1991): cells of many dimensions are rounder.
+# The subset is m (b xor b'') + b', of b and the digits before it, b' and b'', which are the state; first 0, 0. So b' says which
+# m subsets there are, b'' how b names them. m = 2 is Ungerboeck's trellis of four states (1982), m = 4 and 8 two and three of it
+# side by side, one for each bit of b.
 
 
 def trellis_base(states: int) -> int:
@@ -652,11 +653,11 @@ def _xor(base, device):
     return digits[:, None] ^ digits
 
 
-def _branches(subsets):
+def _branches(values):
     """Values of the subsets (..., base^2) -> of the branches (..., base, base, base), by the digits b'', b' and b."""
-    base = math.isqrt(subsets.shape[-1])
-    values = subsets.unflatten(-1, (base, base)).mT  # (..., base, base) by b' and b xor b''
-    return values[..., _xor(base, values.device)].transpose(-3, -2)
+    base = math.isqrt(values.shape[-1])
+    by_state = values.unflatten(-1, (base, base)).mT  # (..., base, base) by b' and b xor b''
+    return by_state[..., _xor(base, values.device)].transpose(-3, -2)
 
 
 def _subsets(digits, base):
@@ -702,6 +703,13 @@ def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
     return torch.stack(by_first).logsumexp(0).mT.flatten(2)
 
 
+def _by_paths(function, values):
+    """function(values) of values (B, T, subsets), for as many paths at once as keep their branches within CHUNK_ELEMENTS."""
+    length, subsets = values.shape[1:]
+    paths = max(1, CHUNK_ELEMENTS[values.device.type] // (length * subsets * math.isqrt(subsets)))
+    return torch.cat([function(some) for some in values.split(paths)])
+
+
 def path_numbers(indices: torch.Tensor, codebook_size: int, base: int) -> torch.Tensor:
     """Numbers (B, T) in [0, base K) of the codes that indices (B, T) in [0, K), one path a row, stand for."""
     size = codebook_size // base  # of a subset
@@ -716,52 +724,53 @@ def path_indices(numbers: torch.Tensor, codebook_size: int, base: int) -> torch.
     return digits * size + numbers % size
 
 
-def _best_of_subsets(scores, subsets):
-    """Largest score (n, subsets) in each of the subsets, equal parts of scores (n, codes), and its place there."""
-    best, place = _best(scores.view(subsets * len(scores), -1))
-    return best.view(-1, subsets), place.view(-1, subsets)
+def _best_of_subsets(scores, states):
+    """Largest score (n, states) in each subset, equal parts of scores (n, codes), and its place there."""
+    best, place = _best(scores.view(states * len(scores), -1))
+    return best.view(-1, states), place.view(-1, states)
 
 
 def _along_path(best, place, length, size):
     """(numbers (N,), score ()) of the nearest path, from `_best_of_subsets` of `size` codes for paths of `length` latents."""
-    subsets = cheapest_path(-2 * best.view(-1, length, best.shape[1])).view(-1, 1)  # (N, 1)
+    subsets = _by_paths(cheapest_path, -2 * best.view(-1, length, best.shape[1])).view(-1, 1)  # (N, 1)
     return (subsets * size + place.gather(1, subsets)).squeeze(1), best.gather(1, subsets).sum()
 
 
-def nearest_path(z, codebook, length, subsets):
+def nearest_path(z, codebook, length, states):
     """Numbers (N,) of the codes, one a row of z (N, D), of the path with the least sum of squared distances.
 
-    A path is `length` rows; codebook (codes, D), `subsets` of equal size.
+    A path is `length` rows; codebook (codes, D), of as many subsets as `states`.
     """
     halves = _half_norms(codebook)
-    best, place = z.new_empty(len(z), subsets), torch.empty(len(z), subsets, dtype=torch.int64, device=z.device)
+    best, place = z.new_empty(len(z), states), torch.empty(len(z), states, dtype=torch.int64, device=z.device)
     for chunk, its_best, its_place in _chunks(len(codebook), z, best, place):
-        its_best[:], its_place[:] = _best_of_subsets(_scores(chunk, codebook, halves), subsets)
-    return _along_path(best, place, length, len(codebook) // subsets)[0]
+        its_best[:], its_place[:] = _best_of_subsets(_scores(chunk, codebook, halves), states)
+    return _along_path(best, place, length, len(codebook) // states)[0]
 
 
-def soft_assign_paths(z, codebook, log_w, temperature, length, subsets):
+def soft_assign_paths(z, codebook, log_w, temperature, length, states):
     """`soft_assign` to codes (codes, D) of paths of `length` rows of z (N, D): P of a path ~ the product of its codes' weights.
 
     Returns Assignment, its indices being the codes' numbers along the nearest path. The scores are computed twice, before the
     posterior of the paths is known and after.
     """
     halves = _half_norms(codebook)
-    best, log_sums = z.new_empty(2, len(z), subsets)  # of each subset: best score; log of its summed weights, relative to it
-    place = torch.empty(len(z), subsets, dtype=torch.int64, device=z.device)  # of that code
+    best, log_sums = z.new_empty(2, len(z), states)  # of each subset: best score; log of its summed weights, relative to it
+    place = torch.empty(len(z), states, dtype=torch.int64, device=z.device)  # of that code
 
     def weights_of(scores, its_best):
-        """Log weights (n, subsets, codes of one) relative to the nearest code of a subset; scores (n, codes) are overwritten."""
-        relative = scores.view(len(scores), subsets, -1).sub_(its_best[:, :, None])
-        return relative.mul_(2 / temperature).add_(log_w.view(subsets, -1))
+        """Log weights (n, states, codes of a subset) relative to its nearest code; scores (n, codes) are overwritten."""
+        relative = scores.view(len(scores), states, -1).sub_(its_best[:, :, None])
+        return relative.mul_(2 / temperature).add_(log_w.view(states, -1))
 
     for chunk, its_best, its_place, its_sums in _chunks(len(codebook), z, best, place, log_sums):
         scores = _scores(chunk, codebook, halves)  # (n, codes)
-        its_best[:], its_place[:] = _best_of_subsets(scores, subsets)
+        its_best[:], its_place[:] = _best_of_subsets(scores, states)
         its_sums[:] = _log_sum_exp(weights_of(scores, its_best))
-    numbers, score = _along_path(best, place, length, len(codebook) // subsets)
+    numbers, score = _along_path(best, place, length, len(codebook) // states)
     gap = (2 / temperature * (best - best.amax(1, keepdim=True))).clamp_min(-1e35)  # finite at any temperature
-    share = path_posterior((gap + log_sums).view(-1, length, subsets)).view(-1, subsets) - log_sums  # log P = log weight + share
+    posterior = _by_paths(path_posterior, (gap + log_sums).view(-1, length, states)).view(-1, states)
+    share = posterior - log_sums  # log P = log weight + share
     stats, squares = z.new_zeros(z.shape[1] + 1, len(codebook)), z.new_zeros(())
     for chunk, its_best, its_share in _chunks(len(codebook), z, best, share):
         P = _exp(weights_of(_scores(chunk, codebook, halves), its_best).add_(its_share[:, :, None])).flatten(1)  # (n, codes)
@@ -837,8 +846,10 @@ class Quantizer(Float32Module):
         if not (0 <= ema_decay < 1 and 0 <= commitment_weight < math.inf and 0 <= restart_threshold <= 1):
             raise ValueError(f"ema_decay {ema_decay} must be in [0, 1), commitment_weight {commitment_weight} in [0, inf), "
                              f"restart_threshold {restart_threshold} in [0, 1]")
-        if trellis not in (0, 4, 16, 64) or codebook_size % trellis_base(trellis):
-            raise ValueError(f"trellis {trellis} must be 0, 4, 16 or 64, and its root must divide codebook_size {codebook_size}")
+        if type(trellis) is not int or trellis not in (0, 4, 16, 64):
+            raise ValueError(f"trellis {trellis!r} must be the number of its states: 4, 16 or 64, 0 for none")
+        if codebook_size % trellis_base(trellis):
+            raise ValueError(f"codebook_size {codebook_size} must be divisible by {trellis_base(trellis)} for {trellis} states")
         self.codebook_size, self.dim, self.metric = codebook_size, dim, metric
         self.trellis, self.trellis_base = trellis, trellis_base(trellis)
         codes = self.trellis_base * codebook_size
@@ -895,7 +906,7 @@ class Quantizer(Float32Module):
         if z.dim() not in (2, 3, 4) or z.shape[1] != self.dim or z.numel() == 0:
             raise ValueError(f"expected (B, {self.dim}, H, W), (B, {self.dim}, n) or (N, {self.dim}), not empty, "
                              f"got {tuple(z.shape)}")
-        if self.trellis and z[0, 0].numel() == 1:  # most codes are out of reach of a path's first latent
+        if self.trellis and z[0, 0].numel() == 1:  # one in m codes is in reach of a path's first latent
             raise ValueError(f"a trellis needs paths of two latents or more, got {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
             rows = z.movedim(1, -1)  # (B, ..., D)
@@ -1058,7 +1069,7 @@ class BAQuantizer(Quantizer):
         tau = (self.temperature * self.distortion).clamp_min(1e-30)
         soft = e_step(z.device, self.dim)
         if self.trellis:
-            soft = functools.partial(soft_assign_paths, length=length, subsets=self.trellis)
+            soft = functools.partial(soft_assign_paths, length=length, states=self.trellis)
         for _ in range(self.ba_iters):
             batch = soft(z, self.codebook, self.log_w, tau)
             distortion = (squared_norm - 2 * batch.score).clamp_min(0)
@@ -1615,8 +1626,8 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def codebook_metrics(histogram: torch.Tensor, codebook_size: int) -> dict[str, float]:
     """Perplexity, usage and bits per index of a code histogram (codes,), or of one for each half of the latents, (2, codes).
 
-    codebook_size K: values of an index, as many as codes or, with a trellis to the base m, one for m codes. The entropy is that
-    of the code's number, given the half and, with a trellis, the digit before, the subset's remainder by m: K codes are left.
+    codebook_size K: values of an index, as many as codes, with a trellis to the base m codes / m. The entropy is that of the
+    code's number, given the half and, with a trellis, the digit before, the subset's remainder by m: K codes are left.
     """
     base = histogram.shape[-1] // codebook_size
     histogram = histogram.cpu().double()  # Apple GPUs have no float64

@@ -87,7 +87,7 @@ COLORS, MARKERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "s^Dv
 LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_predictive": "VQ-EMA tuned, prediction",
           "vq_ema_predictive_trellis": "VQ-EMA tuned, prediction and trellis",
           "vq_ema_scaled": "VQ-EMA tuned, scaled prediction",
-          "vq_ema_scaled_trellis": "VQ-EMA tuned, scaled prediction and trellis",
+          "vq_ema_scaled_trellis": "VQ-EMA tuned, scaled prediction, 4 states",
           "vq_ema_scaled_trellis16": "VQ-EMA tuned, scaled prediction, 16 states",
           "vq_ema_scaled_trellis64": "VQ-EMA tuned, scaled prediction, 64 states",
           "vq_ema_classical": "VQ-EMA classical", "vq_ema_classical_decay99": "VQ-EMA classical, decay 0.99",
@@ -98,7 +98,7 @@ CURVES = {("none", "none"): dict(color="#0072B2", label="BA-VQ over λ"),  # (pr
           ("checkerboard", "none"): dict(color="black", label="BA-VQ over λ, prediction"),
           ("checkerboard", "4"): dict(color="#7B1FA2", label="BA-VQ over λ, prediction and trellis"),
           ("scaled", "none"): dict(color="#8D6E63", label="BA-VQ over λ, scaled prediction"),
-          ("scaled", "4"): dict(color="#C2185B", label="BA-VQ over λ, scaled prediction and trellis"),
+          ("scaled", "4"): dict(color="#C2185B", label="BA-VQ over λ, scaled prediction, 4 states"),
           ("scaled", "16"): dict(color="#00695C", label="BA-VQ over λ, scaled prediction, 16 states"),
           ("scaled", "64"): dict(color="#F9A825", label="BA-VQ over λ, scaled prediction, 64 states")}
 REFERENCE = "vq_ema"  # differences are taken to this method, seed by seed

@@ -45,7 +45,6 @@ fi
 
 run_step() {
   local methods=ba_vq_lambda10_predictive_trellis,ba_vq_lambdainf_predictive_trellis,vq_ema_predictive_trellis
-  methods=$methods,ba_vq_lambda100_scaled_trellis16,vq_ema_scaled_trellis16
   methods=$methods,ba_vq_lambda10_predictive,vq_ema,ba_vq_lambdainf_predictive,vq_ema_predictive,ba_vq_lambda10,vq_ema_classical
   local compare="$python benchmarks/compare.py --methods $methods --latent_dims 16 --jobs $jobs $large"
   case $1 in
@@ -59,7 +58,8 @@ run_step() {
     scaling) $python benchmarks/scaling.py $scaling ;;
     sweep)  $python run_gpu_experiments.py --jobs $jobs --out_dir experiments/gpu_suite $sweep ;;
     large)  $compare --codebook_sizes $large_sizes --seeds 0 ;;
-    seeds)  $compare --codebook_sizes 512 --seeds $seeds ;;
+    seeds)  $compare --codebook_sizes 512 --seeds $seeds && ${compare/$methods/ba_vq_lambda100_scaled_trellis16,vq_ema_scaled_trellis16} \
+              --codebook_sizes 512 --seeds $seeds ;;
   esac
 }
 

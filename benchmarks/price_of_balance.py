@@ -14,7 +14,7 @@ their other shape, as of a mixture of smooth and rough places.
 Theory: at high resolution the squared error of codes with density g(x) is E[g^(-2/d)] up to a constant (Zador 1982, IEEE
 Trans. IT 28(2)). It is least for g ~ p^(d/(d+2)), p the density of the latents; cells of equal mass have g = p. For a Gaussian
 p the ratio of the two depends only on d, the number of live directions: vqvae.live_directions at log2 K bits. What it costs in
-the image follows from how much the image's squared error grows with that of the codes.
+the image is estimated from how much the image's squared error grows where that of the codes does, everywhere alike.
 Writes results/price_of_balance.json. The runs need validation images and the euclid metric, and neither prediction nor a trellis.
 """
 
@@ -130,7 +130,7 @@ def gaussian_like(z, count):
 
 @torch.no_grad()
 def error_growth(model, images, shift=0.05):
-    """By how many percent the image's squared error grows for one percent of the codes' (0 to 1 where they are its only source).
+    """By how many percent the image's squared error grows where the codes' grows by one; 1 if it were the image's only source.
 
     From codes moved by `shift` of their distance to the latents, towards them and away. images uint8 (N, S, S, 3).
     """
@@ -196,14 +196,15 @@ def report(record):
              *use_and_error(record["gaussian"][name], gaussian_base)] for name, fit in record["fits"].items()]
     return "\n".join([
         f"{record['run']}: K={size}, {record['live_directions']} live directions, without quantizer "
-        f"{record['unquantized_psnr']:.2f} dB. One percent of the codes' error is {record['error_growth']:.2f}% of the image's.",
+        f"{record['unquantized_psnr']:.2f} dB. One percent more error of the codes is "
+        f"{record['error_growth']:.2f}% more in the image.",
         f"Theory, balanced against best: distortion × {record['theory_distortion']:.3f}, PSNR {record['theory_psnr']:+.3f} dB."
         if "theory_psnr" in record else "Theory, balanced against best: no finite factor up to two live directions.",
         *(f"{what}: {', '.join(f'{e:.4f}' for e in record[key][:12])}" for what, key in (
             ("Squared error of a tile by direction of the latents", "error_by_direction"),
             ("Largest components of all that is left", "error_left"))),
         "", table(["quantizer", "perplexity/K", "distortion / VQ-EMA", "PSNR dB", "Δ PSNR dB", "Gaussian: perplexity/K",
-                   "distortion / VQ-EMA"], rows), ""])
+                   "Gaussian: distortion / VQ-EMA"], rows), ""])
 
 
 def parse(argv):

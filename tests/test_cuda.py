@@ -73,7 +73,7 @@ def test_memory_of_a_step_is_bounded(k, fused, monkeypatch):
     assert torch.cuda.max_memory_allocated() - before < 256 * 2**20 + 20 * 4 * (z.numel() + 9 * k)
 
 
-@pytest.mark.parametrize("trellis", ["none", "4", "16"])
+@pytest.mark.parametrize("trellis", ["none", "4", "16", "64"])
 @pytest.mark.parametrize("prediction", ["none", "checkerboard", "scaled"])
 @pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
 def test_a_step_never_waits_for_the_device(quantizer, prediction, trellis):
@@ -92,7 +92,7 @@ def test_a_step_never_waits_for_the_device(quantizer, prediction, trellis):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("trellis", ["none", "4", "16"])
+@pytest.mark.parametrize("trellis", ["none", "4", "16", "64"])
 @pytest.mark.parametrize("prediction", ["none", "checkerboard", "scaled"])
 @pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
 def test_replayed_steps_are_the_steps(quantizer, prediction, trellis):

@@ -81,6 +81,17 @@ def test_gaussian_numbers_have_the_mean_and_the_covariance():
     assert torch.allclose(torch.cov(drawn.T), torch.cov(z.T), atol=0.02)
 
 
+def test_gaussian_codebooks_are_measured_on_other_numbers(tiny, tmp_path, monkeypatch):
+    vqvae.train(vqvae.Config(**tiny(epochs=1, prediction="none")))
+    monkeypatch.setattr(price_of_balance, "gaussian_like", lambda z, count: torch.arange(count)[:, None] * torch.ones(z.shape[1]))
+    fitted, measured, fit, alone = [], [], price_of_balance.fit, price_of_balance.measure_alone
+    monkeypatch.setattr(price_of_balance, "fit", lambda config, z, *args: fitted.append(z) or fit(config, z, *args))
+    monkeypatch.setattr(price_of_balance, "measure_alone", lambda quantizer, z: measured.append(z) or alone(quantizer, z))
+    price_of_balance.price(tmp_path / "experiments" / "tiny" / "final_model.pt", [1.0], 1, 0)
+    latents, _, gaussian, _ = fitted  # VQ-EMA and BA-VQ of each
+    assert len(gaussian) == len(latents) == len(measured[0]) and gaussian.max() < measured[0].min()
+
+
 def test_growth_of_the_images_error(monkeypatch):
     model = LinearAutoencoder()
     model.z = torch.randn(50, 2, 4, 4)
@@ -108,6 +119,8 @@ def test_prices_of_a_run(tiny, tmp_path, monkeypatch, capsys):
     assert sum(record["error_left"]) == pytest.approx(3 * config.downsample**2 * 10 ** (-fits["VQ-EMA"]["psnr"] / 10), rel=0.2)
     assert fits["BA-VQ λ=∞"]["perplexity"] > fits["BA-VQ λ=1"]["perplexity"]
     assert all(fit["psnr"] < record["unquantized_psnr"] + 0.5 and fit["quantization_error"] > 0 for fit in fits.values())
+    model, val_images = vqvae.load_model(folder)[0], vqvae.training_images(config)[1]
+    assert record["error_growth"] == pytest.approx(price_of_balance.error_growth(model, val_images))
     assert set(record["gaussian"]) == set(fits)
     assert record["gaussian"]["BA-VQ λ=∞"]["perplexity"] > record["gaussian"]["BA-VQ λ=1"]["perplexity"]
     dearer = 1 + record["error_growth"] * (record["theory_distortion"] - 1)
