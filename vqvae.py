@@ -655,7 +655,7 @@ def _xor(base, device):
 
 def _branches(values):
     """Values of the subsets (..., base^2) -> of the branches (..., base, base, base), by the digits b'', b' and b."""
-    base = math.isqrt(values.shape[-1])
+    base = trellis_base(values.shape[-1])
     by_state = values.unflatten(-1, (base, base)).mT  # (..., base, base) by b' and b xor b''
     return by_state[..., _xor(base, values.device)].transpose(-3, -2)
 
@@ -668,7 +668,7 @@ def _subsets(digits, base):
 
 def cheapest_path(costs: torch.Tensor) -> torch.Tensor:
     """Subsets (B, T) int64 of the path with the least sum of costs (B, T, subsets): Viterbi's algorithm."""
-    branches, choices, base = _branches(costs), [], math.isqrt(costs.shape[2])
+    branches, choices, base = _branches(costs), [], trellis_base(costs.shape[2])
     total = costs.new_full((len(costs), base, base), math.inf)  # of the cheapest path to each state
     total[:, 0, 0] = 0
     for t in range(costs.shape[1]):
@@ -686,7 +686,7 @@ def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
     log_weights (B, T, subsets). The forward-backward algorithm (Bahl 1974); -inf for subsets out of reach. Backward is forward
     with time and digits reversed, so one loop does both.
     """
-    branches, base = _branches(log_weights), math.isqrt(log_weights.shape[2])  # (B, T, base, base, base)
+    branches, base = _branches(log_weights), trellis_base(log_weights.shape[2])  # (B, T, base, base, base)
     both = torch.stack([branches, branches.flip(1).transpose(-3, -1)])  # (2, B, T, base, base, base)
     totals = [log_weights.new_zeros(2, len(log_weights), base, base)]  # of all paths to a state, up to a factor
     totals[0][0] = -math.inf
@@ -706,7 +706,7 @@ def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
 def _by_paths(function, values):
     """function(values) of values (B, T, subsets), for as many paths at once as keep their branches within CHUNK_ELEMENTS."""
     length, subsets = values.shape[1:]
-    paths = max(1, CHUNK_ELEMENTS[values.device.type] // (length * subsets * math.isqrt(subsets)))
+    paths = max(1, CHUNK_ELEMENTS[values.device.type] // (length * subsets * trellis_base(subsets)))
     return torch.cat([function(some) for some in values.split(paths)])
 
 
@@ -851,8 +851,8 @@ class Quantizer(Float32Module):
         if codebook_size % trellis_base(trellis):
             raise ValueError(f"codebook_size {codebook_size} must be divisible by {trellis_base(trellis)} for {trellis} states")
         self.codebook_size, self.dim, self.metric = codebook_size, dim, metric
-        self.trellis, self.trellis_base = trellis, trellis_base(trellis)
-        codes = self.trellis_base * codebook_size
+        self.trellis = trellis
+        codes = trellis_base(trellis) * codebook_size
         self.ema_decay, self.commitment_weight, self.restart_threshold = ema_decay, commitment_weight, restart_threshold
         self.initialized = False
         self.register_buffer("codebook", torch.zeros(codes, dim, dtype=torch.float32))
@@ -885,7 +885,7 @@ class Quantizer(Float32Module):
         """Which codes indices (B, ...) int64 in [0, K) stand for, in their shape: without a trellis those of the same number."""
         if not self.trellis:
             return indices
-        return path_numbers(indices.flatten(1), self.codebook_size, self.trellis_base).view_as(indices)
+        return path_numbers(indices.flatten(1), self.codebook_size, trellis_base(self.trellis)).view_as(indices)
 
     def codes(self, indices: torch.Tensor) -> torch.Tensor:
         """Look up codes: indices (B, ...) int64 -> (B, ..., D), with a trellis those of a path for each of B."""
@@ -923,7 +923,9 @@ class Quantizer(Float32Module):
             if self.training:
                 quantized = flat + (quantized - flat).detach()  # straight-through estimator
         z_q = quantized.view(rows.shape).to(z.dtype).movedim(-1, 1)
-        indices = path_indices(numbers.view(-1, length), self.codebook_size, self.trellis_base) if self.trellis else numbers
+        indices = numbers
+        if self.trellis:
+            indices = path_indices(numbers.view(-1, length), self.codebook_size, trellis_base(self.trellis))
         return Quantized(z_q, indices.view(rows.shape[:-1]), loss)
 
     @torch.no_grad()
@@ -1067,9 +1069,10 @@ class BAQuantizer(Quantizer):
         """E-step and prior step; the sums are weighted by P(k|z)."""
         squared_norm = z.square().sum()
         tau = (self.temperature * self.distortion).clamp_min(1e-30)
-        soft = e_step(z.device, self.dim)
         if self.trellis:
             soft = functools.partial(soft_assign_paths, length=length, states=self.trellis)
+        else:
+            soft = e_step(z.device, self.dim)
         for _ in range(self.ba_iters):
             batch = soft(z, self.codebook, self.log_w, tau)
             distortion = (squared_norm - 2 * batch.score).clamp_min(0)
@@ -1142,7 +1145,7 @@ class PredictiveQuantizer(Float32Module):
             raise ValueError("first and second must have the same codebook_size and dim, and metric 'euclid'")
         if first.trellis != second.trellis:
             raise ValueError("first and second must have the same trellis, or none")
-        self.trellis, self.trellis_base, self.scaled = first.trellis, first.trellis_base, scaled
+        self.trellis, self.scaled = first.trellis, scaled
         self.first, self.second, self.codebook_size, self.dim = first, second, first.codebook_size, first.dim
         self.predictor = nn.Sequential(nn.Conv2d(self.dim + 1, hidden_dim, 5, padding=2), nn.ReLU(),
                                        nn.Conv2d(hidden_dim, self.dim + scaled, 1)).float()
@@ -1626,8 +1629,8 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def codebook_metrics(histogram: torch.Tensor, codebook_size: int) -> dict[str, float]:
     """Perplexity, usage and bits per index of a code histogram (codes,), or of one for each half of the latents, (2, codes).
 
-    codebook_size K: values of an index, as many as codes, with a trellis to the base m codes / m. The entropy is that of the
-    code's number, given the half and, with a trellis, the digit before, the subset's remainder by m: K codes are left.
+    codebook_size K: values of an index, as many as codes, or with a trellis a base-th of them. The entropy is that of the code's
+    number, given the half and, with a trellis, the digit before, the subset's remainder by the base: K codes are left.
     """
     base = histogram.shape[-1] // codebook_size
     histogram = histogram.cpu().double()  # Apple GPUs have no float64
@@ -1644,7 +1647,7 @@ def codebook_metrics(histogram: torch.Tensor, codebook_size: int) -> dict[str, f
 def empty_histogram(model: VQVAE, codebook_size: int) -> torch.Tensor:
     """Zeros for `count_codes`: (1, codes) int64, or (2, codes) where each half of the latents has codes of its own."""
     codebooks = 2 if isinstance(model.quantizer, PredictiveQuantizer) else 1
-    codes = codebook_size * getattr(model.quantizer, "trellis_base", 1)
+    codes = codebook_size * trellis_base(getattr(model.quantizer, "trellis", 0))  # peers have none
     return torch.zeros(codebooks, codes, dtype=torch.int64, device=next(model.parameters()).device)
 
 

@@ -239,6 +239,7 @@ def test_only_runs_alike_in_prediction_are_compared(tiny_config):
 
 def test_a_codebook_sees_half_of_the_vectors():
     assert Config(codebook_size=4096, prediction="none", trellis="4").ema_decay == pytest.approx(1 - 1 / 28, abs=1e-5)
+    assert Config(codebook_size=2048, prediction="none", trellis="16").ema_decay == pytest.approx(1 - 1 / 28, abs=1e-5)
     decays = {p: Config(codebook_size=4096, prediction=p).ema_decay for p in ("none", "checkerboard")}
     assert decays["none"] == pytest.approx(1 - math.sqrt(2) / 28, abs=1e-4)
     assert decays["checkerboard"] == pytest.approx(1 - 1 / 28, abs=1e-4)
