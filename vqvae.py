@@ -37,6 +37,7 @@ import functools
 import hashlib
 import http.client
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -639,7 +640,8 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
 # and a path through it is chosen for all latents of an image together (Fischer 1991): cells of many dimensions are rounder.
 # The subset is m (b xor b'') + b', of b and the digits before it, b' and b'', which are the state; first 0, 0. So b' says which
 # m subsets there are, b'' how b names them. m = 2 is Ungerboeck's trellis of four states (1982), m = 4 and 8 two and three of it
-# side by side, one for each bit of b.
+# side by side, one for each bit of b. Neighbours on the path lie apart in the image (`_on_path`): a smooth place can leave its
+# choice to the next one, which should be a rough one, and neighbours in the image are alike.
 
 
 def trellis_base(states: int) -> int:
@@ -647,17 +649,10 @@ def trellis_base(states: int) -> int:
     return max(1, math.isqrt(states))
 
 
-def _xor(base, device):
-    """Table (base, base) of i xor j."""
+def _branches(base, device):
+    """Subset of each branch, (base, base, base) by the digits b'', b' and b."""
     digits = torch.arange(base, device=device)
-    return digits[:, None] ^ digits
-
-
-def _branches(values):
-    """Values of the subsets (..., base^2) -> of the branches (..., base, base, base), by the digits b'', b' and b."""
-    base = trellis_base(values.shape[-1])
-    by_state = values.unflatten(-1, (base, base)).mT  # (..., base, base) by b' and b xor b''
-    return by_state[..., _xor(base, values.device)].transpose(-3, -2)
+    return base * (digits[:, None, None] ^ digits) + digits[:, None]
 
 
 def _subsets(digits, base):
@@ -666,18 +661,27 @@ def _subsets(digits, base):
     return base * (digits ^ before[:, :-2]) + before[:, 1:-1]
 
 
+def _digits(subsets, base):
+    """The inverse of `_subsets`."""
+    return (subsets // base) ^ F.pad(subsets % base, (1, 0))[:, :-1]
+
+
 def cheapest_path(costs: torch.Tensor) -> torch.Tensor:
     """Subsets (B, T) int64 of the path with the least sum of costs (B, T, subsets): Viterbi's algorithm."""
-    branches, choices, base = _branches(costs), [], trellis_base(costs.shape[2])
-    total = costs.new_full((len(costs), base, base), math.inf)  # of the cheapest path to each state
-    total[:, 0, 0] = 0
-    for t in range(costs.shape[1]):
-        total, choice = (total[..., None] + branches[:, t]).min(1)  # (B, base, base) by b' and b: over b''
-        choices.append(choice.flatten(1))
-    states = [total.flatten(1).argmin(1, keepdim=True)]  # (B, 1) base b' + b
-    for choice in reversed(choices[1:]):
-        states.append(states[-1] // base + base * choice.gather(1, states[-1]))
-    return _subsets(torch.cat(states[::-1], 1) % base, base)
+    paths, length, subsets = costs.shape
+    base = trellis_base(subsets)
+    costs = costs.permute(2, 1, 0).contiguous()[_branches(base, costs.device)]  # (base, base, base, T, B): paths last are fast
+    totals = [costs.new_full((base, base, paths), math.inf)]  # of the cheapest path to each state
+    totals[0][0, 0] = 0
+    for t in range(length):
+        totals.append((totals[t][:, :, None] + costs[..., t, :]).amin(0))  # (base, base, B) by b' and b
+    every, state = torch.arange(paths, device=costs.device), totals.pop().flatten(0, 1).argmin(0)  # (B,) base b' + b
+    digits = []
+    for t in reversed(range(length)):  # minima are fast, their places are not: only those on the path are looked up
+        before, digit = state // base, state % base
+        digits.append(digit)
+        state = base * (totals[t][:, before, every] + costs[:, before, digit, t, every]).argmin(0) + before
+    return _subsets(torch.stack(digits[::-1], 1), base)
 
 
 def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
@@ -686,96 +690,118 @@ def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
     log_weights (B, T, subsets). The forward-backward algorithm (Bahl 1974); -inf for subsets out of reach. Backward is forward
     with time and digits reversed, so one loop does both.
     """
-    branches, base = _branches(log_weights), trellis_base(log_weights.shape[2])  # (B, T, base, base, base)
-    both = torch.stack([branches, branches.flip(1).transpose(-3, -1)])  # (2, B, T, base, base, base)
-    totals = [log_weights.new_zeros(2, len(log_weights), base, base)]  # of all paths to a state, up to a factor
+    paths, length, subsets = log_weights.shape
+    base = trellis_base(subsets)
+    branches = _branches(base, log_weights.device)
+    logs = log_weights.permute(2, 1, 0).contiguous()  # (subsets, T, B): paths last are fast
+    forth = logs[branches]  # (base, base, base, T, B)
+    both = torch.stack([forth, forth.flip(3).transpose(0, 2)])  # (2, base, base, base, T, B)
+    totals = [logs.new_zeros(2, base, base, paths)]  # of all paths to a state, up to a factor
     totals[0][0] = -math.inf
-    totals[0][0, :, 0, 0] = 0
-    for t in range(log_weights.shape[1] - 1):
-        steps = totals[t][..., None] + both[:, :, t]  # (2, B, base, base, base)
-        total = steps.logsumexp(-3)  # (2, B, base, base)
-        totals.append(total - total.amax((-2, -1), keepdim=True))
-    forward, backward = torch.stack(totals, 2)  # both (B, T, base, base)
-    joint = forward[..., None] + branches + backward.flip(1).mT[..., None, :, :]  # (B, T, base, base, base)
-    joint = joint.flatten(2).log_softmax(2).view_as(joint)
-    xor = _xor(base, joint.device)
-    by_first = [joint[..., i, :, :][..., xor[i]] for i in range(base)]  # each (B, T, base, base) by b' and b xor b''
-    return torch.stack(by_first).logsumexp(0).mT.flatten(2)
+    totals[0][0, 0, 0] = 0
+    for t in range(length - 1):
+        total = (totals[t][:, :, :, None] + both[..., t, :]).logsumexp(1)  # (2, base, base, B)
+        totals.append(total - total.amax((1, 2), keepdim=True))
+    forward, backward = torch.stack(totals, 3)  # (base, base, T, B) by b'' and b'; by b and b'
+    around = forward[:, :, None] + backward.flip(2).flatten(0, 1)[branches]  # by b'', b' and b xor b'', b being b'' xor that
+    return (around.logsumexp(0).transpose(0, 1).flatten(0, 1) + logs).log_softmax(0).permute(2, 1, 0)
+
+
+def _on_path(function, values):
+    """function(values) of values (B, T, ...) of the latents of images, row by row, where it wants them in the order of the path.
+
+    The path goes on by a golden section of its length, round and round: like that the places that it has passed, and those that
+    it passes one after the other, are far apart.
+    """
+    length = values.shape[1]
+    stride = next(n for n in itertools.count(max(1, round(0.382 * length))) if math.gcd(n, length) == 1)
+    steps = torch.arange(length, device=values.device)
+    return function(values[:, steps * stride % length])[:, steps * pow(stride, -1, length) % length]
 
 
 def _by_paths(function, values):
     """function(values) of values (B, T, subsets), for as many paths at once as keep their branches within CHUNK_ELEMENTS."""
     length, subsets = values.shape[1:]
     paths = max(1, CHUNK_ELEMENTS[values.device.type] // (length * subsets * trellis_base(subsets)))
-    return torch.cat([function(some) for some in values.split(paths)])
+    return torch.cat([_on_path(function, some) for some in values.split(paths)])
 
 
 def path_numbers(indices: torch.Tensor, codebook_size: int, base: int) -> torch.Tensor:
-    """Numbers (B, T) in [0, base K) of the codes that indices (B, T) in [0, K), one path a row, stand for."""
+    """Numbers (B, T) in [0, base K) of the codes that indices (B, T) in [0, K), those of an image a row, stand for."""
     size = codebook_size // base  # of a subset
-    return _subsets(indices // size, base) * size + indices % size
+    subsets = _on_path(lambda digits: _subsets(digits, base), indices // size)
+    return subsets * size + indices % size
 
 
 def path_indices(numbers: torch.Tensor, codebook_size: int, base: int) -> torch.Tensor:
     """The inverse of `path_numbers`."""
     size = codebook_size // base
-    subsets = numbers // size  # base (b ^ b'') + b'
-    digits = (subsets // base) ^ F.pad(subsets % base, (1, 0))[:, :-1]
+    digits = _on_path(lambda subsets: _digits(subsets, base), numbers // size)
     return digits * size + numbers % size
 
 
-def _best_of_subsets(scores, states):
-    """Largest score (n, states) in each subset, equal parts of scores (n, codes), and its place there."""
-    best, place = _best(scores.view(states * len(scores), -1))
-    return best.view(-1, states), place.view(-1, states)
+def _cheapest_subsets(best, length, weights):
+    """Subsets (N, 1) of the nearest paths, from the best score of each, best (N, subsets), for images of `length` latents."""
+    return _by_paths(cheapest_path, (-2 * weights[:, None] * best).view(-1, length, best.shape[1])).view(-1, 1)
 
 
-def _along_path(best, place, length, size):
-    """(numbers (N,), score ()) of the nearest path, from `_best_of_subsets` of `size` codes for paths of `length` latents."""
-    subsets = _by_paths(cheapest_path, -2 * best.view(-1, length, best.shape[1])).view(-1, 1)  # (N, 1)
-    return (subsets * size + place.gather(1, subsets)).squeeze(1), best.gather(1, subsets).sum()
+def _number_in(subsets, scores, states):
+    """Number (n,) of the code with the largest of scores (n, codes) in subsets (n, 1); `states` equal parts are the subsets."""
+    parts = scores.view(len(scores), states, -1)
+    inside = parts.gather(1, subsets[:, :, None].expand(-1, -1, parts.shape[2])).squeeze(1)  # (n, codes of a subset)
+    return subsets.squeeze(1) * parts.shape[2] + _best(inside)[1]
 
 
-def nearest_path(z, codebook, length, states):
-    """Numbers (N,) of the codes, one a row of z (N, D), of the path with the least sum of squared distances.
+def nearest_path(z, codebook, length, states, weights):
+    """Numbers (N,) of the codes, one a row of z (N, D), of the paths with the least sums of squared distances times weights (N,).
 
-    A path is `length` rows; codebook (codes, D), of as many subsets as `states`.
+    A path is the `length` rows of an image; codebook (codes, D), of as many subsets as `states`. The scores are computed twice,
+    for the best of each subset and, once the path is known, for its place.
     """
     halves = _half_norms(codebook)
-    best, place = z.new_empty(len(z), states), torch.empty(len(z), states, dtype=torch.int64, device=z.device)
-    for chunk, its_best, its_place in _chunks(len(codebook), z, best, place):
-        its_best[:], its_place[:] = _best_of_subsets(_scores(chunk, codebook, halves), states)
-    return _along_path(best, place, length, len(codebook) // states)[0]
+    best, numbers = z.new_empty(len(z), states), torch.empty(len(z), dtype=torch.int64, device=z.device)
+    for chunk, its_best in _chunks(len(codebook), z, best):
+        its_best[:] = _scores(chunk, codebook, halves).view(len(chunk), states, -1).amax(2)
+    subsets = _cheapest_subsets(best, length, weights)
+    for chunk, its_subsets, its_numbers in _chunks(len(codebook), z, subsets, numbers):
+        its_numbers[:] = _number_in(its_subsets, _scores(chunk, codebook, halves), states)
+    return numbers
 
 
-def soft_assign_paths(z, codebook, log_w, temperature, length, states):
-    """`soft_assign` to codes (codes, D) of paths of `length` rows of z (N, D): P of a path ~ the product of its codes' weights.
+def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
+    """`soft_assign` to codes (codes, D) of paths of `length` rows of z (N, D), where a row's distance counts weights (N,) times.
 
-    Returns Assignment, its indices being the codes' numbers along the nearest path. The scores are computed twice, before the
-    posterior of the paths is known and after.
+    P of a path ~ the product of w_k exp(-weight d/temperature) of its codes. Returns Assignment: its indices are the codes'
+    numbers on the nearest paths, its score is weighted, its sums are not. The scores are computed twice, before the paths are
+    known and after.
     """
     halves = _half_norms(codebook)
     best, log_sums = z.new_empty(2, len(z), states)  # of each subset: best score; log of its summed weights, relative to it
-    place = torch.empty(len(z), states, dtype=torch.int64, device=z.device)  # of that code
+    slopes = (2 / temperature * weights)[:, None]  # (N, 1) of a log weight over the score
 
-    def weights_of(scores, its_best):
+    def log_weights(scores, its_best, its_slopes):
         """Log weights (n, states, codes of a subset) relative to its nearest code; scores (n, codes) are overwritten."""
         relative = scores.view(len(scores), states, -1).sub_(its_best[:, :, None])
-        return relative.mul_(2 / temperature).add_(log_w.view(states, -1))
+        return relative.mul_(its_slopes[:, :, None]).add_(log_w.view(states, -1))
 
-    for chunk, its_best, its_place, its_sums in _chunks(len(codebook), z, best, place, log_sums):
+    for chunk, its_best, its_sums, its_slopes in _chunks(len(codebook), z, best, log_sums, slopes):
         scores = _scores(chunk, codebook, halves)  # (n, codes)
-        its_best[:], its_place[:] = _best_of_subsets(scores, states)
-        its_sums[:] = _log_sum_exp(weights_of(scores, its_best))
-    numbers, score = _along_path(best, place, length, len(codebook) // states)
-    gap = (2 / temperature * (best - best.amax(1, keepdim=True))).clamp_min(-1e35)  # finite at any temperature
+        its_best[:] = scores.view(len(chunk), states, -1).amax(2)
+        its_sums[:] = _log_sum_exp(log_weights(scores, its_best, its_slopes))
+    subsets = _cheapest_subsets(best, length, weights)  # (N, 1)
+    gap = (slopes * (best - best.amax(1, keepdim=True))).clamp_min(-1e35)  # finite at any temperature
     posterior = _by_paths(path_posterior, (gap + log_sums).view(-1, length, states)).view(-1, states)
     share = posterior - log_sums  # log P = log weight + share
+    numbers = torch.empty(len(z), dtype=torch.int64, device=z.device)
     stats, squares = z.new_zeros(z.shape[1] + 1, len(codebook)), z.new_zeros(())
-    for chunk, its_best, its_share in _chunks(len(codebook), z, best, share):
-        P = _exp(weights_of(_scores(chunk, codebook, halves), its_best).add_(its_share[:, :, None])).flatten(1)  # (n, codes)
+    for chunk, its_best, its_share, its_slopes, its_subsets, its_numbers in _chunks(
+            len(codebook), z, best, share, slopes, subsets, numbers):
+        scores = _scores(chunk, codebook, halves)
+        its_numbers[:] = _number_in(its_subsets, scores, states)
+        P = _exp(log_weights(scores, its_best, its_slopes).add_(its_share[:, :, None])).flatten(1)  # (n, codes)
         stats.addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
         squares += torch.linalg.vector_norm(P).square()
+    score = (weights * best.gather(1, subsets).squeeze(1)).sum()
     return Assignment(numbers, stats.T.contiguous(), score, len(z) - squares)
 
 
@@ -870,10 +896,10 @@ class Quantizer(Float32Module):
     def set_progress(self, progress: float) -> None:
         """Tell the quantizer how far training is, in [0, 1], for its schedules. Called every step; nothing to do here."""
 
-    def assign(self, z: torch.Tensor, length: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    def assign(self, z: torch.Tensor, length: int = 1, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents z (N, D) -> numbers of their codes (N,), and per code [sum of vectors, count] (codes, D + 1).
 
-        The sums are over all processes. length: of the paths, in rows of z, where there is a trellis.
+        The sums are over all processes. A trellis needs the length of its paths, in rows of z, and weights (N,) of their errors.
         """
         raise NotImplementedError
 
@@ -888,18 +914,19 @@ class Quantizer(Float32Module):
         return path_numbers(indices.flatten(1), self.codebook_size, trellis_base(self.trellis)).view_as(indices)
 
     def codes(self, indices: torch.Tensor) -> torch.Tensor:
-        """Look up codes: indices (B, ...) int64 -> (B, ..., D), with a trellis those of a path for each of B."""
+        """Look up codes: indices (B, ...) int64 -> (B, ..., D), with a trellis those of an image for each of B."""
         return F.embedding(self.code_numbers(indices), self.codebook)
 
-    def nearest(self, z: torch.Tensor, length: int = 1) -> torch.Tensor:
-        """Numbers (N,) of the codes nearest to the rows of z (N, D); with a trellis, of the nearest paths of `length` rows."""
-        return nearest_path(z, self.codebook, length, self.trellis) if self.trellis else nearest_code(z, self.codebook)
+    def nearest(self, z: torch.Tensor, length: int = 1, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Numbers (N,) of the codes nearest to the rows of z (N, D); length and weights as in `assign`."""
+        return nearest_path(z, self.codebook, length, self.trellis, weights) if self.trellis else nearest_code(z, self.codebook)
 
-    def forward(self, z: torch.Tensor) -> Quantized:
+    def forward(self, z: torch.Tensor, weights: torch.Tensor | None = None) -> Quantized:
         """z (B, D, H, W), (B, D, n) or (N, D), any float dtype -> Quantized(z_q, indices, loss).
 
-        In training the first batch initialises the codebook, and every batch updates it after its
-        own look-up. Raises ValueError on a wrong shape or an empty batch.
+        weights (B, H, W), (B, n) or (N,), above 0: how much the squared error of each latent counts where a trellis
+        weighs one against another; None: all the same. In training the first batch initialises the codebook, and every
+        batch updates it after its own look-up. Raises ValueError on a wrong shape or an empty batch.
         """
         if z.dim() == 2 and self.trellis:
             raise ValueError(f"a trellis needs to know which latents are one path: (B, {self.dim}, n) or (B, {self.dim}, H, W)")
@@ -912,10 +939,11 @@ class Quantizer(Float32Module):
             rows = z.movedim(1, -1)  # (B, ..., D)
             length = rows[0].numel() // self.dim
             flat = self._on_sphere(rows.reshape(-1, self.dim).float())  # (N, D)
+            weights = flat.new_ones(len(flat)) if weights is None else weights.reshape(-1)
             if self.training:
-                quantized, numbers = self._train_step(flat.detach(), length)
+                quantized, numbers = self._train_step(flat.detach(), length, weights)
             else:
-                numbers = self.nearest(flat.detach(), length)  # (N,)
+                numbers = self.nearest(flat.detach(), length, weights)  # (N,)
                 quantized = F.embedding(numbers, self.codebook)  # (N, D)
             loss = self.commitment_weight * F.mse_loss(flat, quantized)
             if self.metric == "cosine":  # unit vectors have 1/D of variance in each dimension, so theirs is the sum
@@ -929,11 +957,11 @@ class Quantizer(Float32Module):
         return Quantized(z_q, indices.view(rows.shape[:-1]), loss)
 
     @torch.no_grad()
-    def _train_step(self, z, length):
+    def _train_step(self, z, length, weights):
         if not self.initialized:
             self.initialize(z)
             self.initialized = True
-        numbers, stats = self.assign(z, length)
+        numbers, stats = self.assign(z, length, weights)
         quantized = F.embedding(numbers, self.codebook)  # before the update
         self.update(z, stats)
         return quantized, numbers
@@ -1000,9 +1028,9 @@ class VQEMAQuantizer(Quantizer):
             self.codebook.copy_(self._on_sphere(start))
             self.ema[:, :-1] = self.codebook * self.ema[:, -1:]
 
-    def assign(self, z, length=1):
+    def assign(self, z, length=1, weights=None):
         """The nearest code of each latent, and the sums over the latents of each code."""
-        numbers = self.nearest(z, length)
+        numbers = self.nearest(z, length, weights)
         stats = torch.zeros_like(self.ema).index_add_(0, numbers, F.pad(z, (0, 1), value=1.0))
         return numbers, all_reduce(stats)
 
@@ -1065,17 +1093,18 @@ class BAQuantizer(Quantizer):
         super().initialize(z)
         self.distortion.copy_(self._expected_distortion(z))
 
-    def assign(self, z, length=1):
+    def assign(self, z, length=1, weights=None):
         """E-step and prior step; the sums are weighted by P(k|z)."""
-        squared_norm = z.square().sum()
+        squares = z.square().sum(1)  # (N,)
         tau = (self.temperature * self.distortion).clamp_min(1e-30)
         if self.trellis:
-            soft = functools.partial(soft_assign_paths, length=length, states=self.trellis)
+            squares = weights * squares
+            soft = functools.partial(soft_assign_paths, length=length, states=self.trellis, weights=weights)
         else:
             soft = e_step(z.device, self.dim)
         for _ in range(self.ba_iters):
             batch = soft(z, self.codebook, self.log_w, tau)
-            distortion = (squared_norm - 2 * batch.score).clamp_min(0)
+            distortion = (squares.sum() - 2 * batch.score).clamp_min(0)
             scalars = torch.stack([distortion, batch.overlap, z.new_full((), float(len(z)))])
             everything = all_reduce(torch.cat([batch.stats.flatten(), scalars]))
             stats = everything[:-3].view_as(self.ema)
@@ -1211,7 +1240,8 @@ class PredictiveQuantizer(Float32Module):
         first_codes = first_codes.mT  # (B, n, D)
         mean, log_size = self.predict(first_codes.detach(), size)  # (B, m, D), (B, m, 1)
         scale = (SCALE_POWER * log_size.detach()).exp()
-        second_codes, second_indices, _ = self.second(((second - mean.detach()) / scale).mT)
+        difference = ((second - mean.detach()) / scale).mT  # (B, D, m)
+        second_codes, second_indices, _ = self.second(difference, weights=scale.square().squeeze(-1))
         second_codes = mean.detach() + scale * second_codes.mT  # (B, m, D)
         second_loss = self.second.commitment_weight * F.mse_loss(second, second_codes.detach())
         indices = join_halves(first_indices, second_indices, size)

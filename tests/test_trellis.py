@@ -14,6 +14,7 @@ import vqvae
 from vqvae import BAQuantizer, PredictiveQuantizer, VQEMAQuantizer
 
 UNGERBOECK = ((0, 2), (1, 3), (2, 0), (3, 1))  # 1982: subset for a bit (column) in a state (row), 2 b'' + b'
+PLACES = {1: [0], 2: [0, 1], 3: [0, 1, 2], 5: [0, 2, 4, 1, 3], 6: [0, 5, 4, 3, 2, 1]}  # of an image, as the path passes them
 LENGTHS = [(1, 2), (3, 2), (6, 2), (2, 4), (5, 4), (1, 8), (3, 8)]  # of paths, and the bases of their digits: 4, 16, 64 states
 
 
@@ -56,35 +57,51 @@ def test_the_posterior_over_all_paths(length, base):
 @pytest.mark.parametrize(("length", "base"), LENGTHS)
 def test_an_index_is_a_digit_and_a_place_in_its_subset(length, base):
     paths, size = all_paths(length, base), 3
-    numbers = torch.tensor(list(paths)) * size + torch.randint(0, size, (len(paths), length))
+    numbers = torch.randint(0, size, (len(paths), length))
+    numbers[:, PLACES[length]] += torch.tensor(list(paths)) * size
     indices = vqvae.path_indices(numbers, base * size, base)
-    assert (indices // size).tolist() == [list(digits) for digits in paths.values()]
+    assert (indices // size)[:, PLACES[length]].tolist() == [list(digits) for digits in paths.values()]
     assert torch.equal(indices % size, numbers % size) and torch.equal(vqvae.path_numbers(indices, base * size, base), numbers)
 
 
-@pytest.mark.parametrize(("base", "size"), [(2, 3), (4, 1), (8, 1)])
+@pytest.mark.parametrize("length", [12, 32, 64, 7])
+def test_a_path_passes_all_latents_of_an_image_far_from_where_it_was(length):
+    place = torch.arange(length)
+    on_path = []
+    assert torch.equal(vqvae._on_path(lambda some: on_path.append(some[0]) or some, place.expand(2, -1)), place.expand(2, -1))
+    assert sorted(on_path[0].tolist()) == place.tolist()
+    for lag in (1, 2):
+        step = (on_path[0][lag:] - on_path[0][:-lag]).abs() % length
+        assert torch.minimum(step, length - step).min() > 0.14 * length  # round and round; 0.24 and 0.38 at best
+
+
+@pytest.mark.parametrize(("base", "size", "length"), [(2, 2, 5), (4, 1, 3), (8, 1, 2)])
 @pytest.mark.parametrize("prior", [1, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 1e-3])
-def test_soft_assignments_by_hand(temperature, prior, base, size):
-    length, dim, codes = (3 if base < 8 else 2), 2, base**2 * size
+def test_soft_assignments_by_hand(temperature, prior, base, size, length):
+    dim, codes = 2, base**2 * size
     z, codebook, log_w = (torch.randn(shape, dtype=torch.float64) for shape in ((2 * length, dim), (codes, dim), (codes,)))
     log_w *= prior
-    distances = torch.cdist(z, codebook).square()
+    weights = 2 * torch.rand(2 * length, dtype=torch.float64)
+    distances = weights[:, None] * torch.cdist(z, codebook).square()
     P, nearest = torch.zeros(2 * length, codes, dtype=torch.float64), []
     for start in (0, length):
-        choices = [tuple(subset * size + place for subset, place in zip(path, places))
-                   for path in all_paths(length, base) for places in itertools.product(range(size), repeat=length)]
-        log_weights = [sum(log_w[k] - distances[start + t, k] / temperature for t, k in enumerate(some)) for some in choices]
+        places = [start + place for place in PLACES[length]]
+        choices = [tuple(subset * size + code for subset, code in zip(path, those))
+                   for path in all_paths(length, base) for those in itertools.product(range(size), repeat=length)]
+        log_weights = [sum(log_w[k] - distances[place, k] / temperature for place, k in zip(places, some)) for some in choices]
         for some, chance in zip(choices, torch.stack(log_weights).softmax(0)):
-            for t, k in enumerate(some):
-                P[start + t, k] += chance
-        nearest += min(choices, key=lambda some: sum(distances[start + t, k] for t, k in enumerate(some)))
-    got = vqvae.soft_assign_paths(z, codebook, log_w, torch.tensor(temperature, dtype=torch.float64), length, base**2)
-    assert got.indices.tolist() == nearest == vqvae.nearest_path(z, codebook, length, base**2).tolist()
+            for place, k in zip(places, some):
+                P[place, k] += chance
+        best = min(choices, key=lambda some: sum(distances[place, k] for place, k in zip(places, some)))
+        nearest += [best[PLACES[length].index(place)] for place in range(length)]
+    temperature = torch.tensor(temperature, dtype=torch.float64)
+    got = vqvae.soft_assign_paths(z, codebook, log_w, temperature, length, base**2, weights)
+    assert got.indices.tolist() == nearest == vqvae.nearest_path(z, codebook, length, base**2, weights).tolist()
     assert torch.allclose(got.stats, torch.cat([P.T @ z, P.sum(0)[:, None]], 1))
     assert torch.allclose(got.overlap, len(z) - P.square().sum())
     distortion = distances[torch.arange(len(z)), torch.tensor(nearest)].sum()
-    assert torch.allclose(z.square().sum() - 2 * got.score, distortion)
+    assert torch.allclose((weights * z.square().sum(1)).sum() - 2 * got.score, distortion)
 
 
 @pytest.mark.parametrize("subsets", [4, 16, 64])
@@ -92,7 +109,7 @@ def test_soft_assignments_by_hand(temperature, prior, base, size):
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1.0, 1e30])
 def test_soft_assignments_are_finite_at_any_temperature(temperature, log_w, subsets):
     z = torch.randn(24, 3)
-    got = vqvae.soft_assign_paths(z, torch.randn(64, 3), log_w, torch.tensor(temperature), 8, subsets)
+    got = vqvae.soft_assign_paths(z, torch.randn(64, 3), log_w, torch.tensor(temperature), 8, subsets, torch.rand(24))
     assert got.stats.isfinite().all() and got.stats[:, -1].sum().item() == pytest.approx(24, rel=1e-4)
     if temperature == 1e-30 and not log_w.any():
         assert torch.equal(got.stats[:, -1].round(), torch.bincount(got.indices, minlength=64).float())
@@ -100,9 +117,10 @@ def test_soft_assignments_are_finite_at_any_temperature(temperature, log_w, subs
 
 @pytest.mark.parametrize("subsets", [4, 16, 64])
 def test_chunks_change_nothing(subsets):
-    z, codebook, log_w = torch.randn(4096, 4), torch.randn(4096, 4), torch.randn(4096)
-    whole = vqvae.soft_assign_paths(z, codebook, log_w, torch.tensor(0.5), 32, subsets)
-    parts = [vqvae.soft_assign_paths(part, codebook, log_w, torch.tensor(0.5), 32, subsets) for part in z.split(320)]
+    z, codebook, log_w, weights = torch.randn(4096, 4), torch.randn(4096, 4), torch.randn(4096), torch.rand(4096)
+    whole = vqvae.soft_assign_paths(z, codebook, log_w, torch.tensor(0.5), 32, subsets, weights)
+    parts = [vqvae.soft_assign_paths(part, codebook, log_w, torch.tensor(0.5), 32, subsets, some)
+             for part, some in zip(z.split(320), weights.split(320))]
     assert torch.equal(whole.indices, torch.cat([part.indices for part in parts]))
     assert torch.allclose(whole.stats, sum(part.stats for part in parts), rtol=1e-4, atol=1e-4)
 
@@ -145,6 +163,35 @@ def test_balance_reaches_every_code_of_the_trellis(trellis, codes):
     assert share.min() > 0.48 / codes and share.max() < 1.92 / codes
 
 
+@pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
+def test_a_path_serves_the_latents_whose_errors_count_more(kind):
+    quantizer, z = trained(kind, 16)
+    weights = 4.0 ** torch.randint(-1, 2, (256, 4, 4))
+    errors = [(z - quantizer(z, weights=some).z_q).square().sum(1) for some in (None, weights)]  # each (256, 4, 4)
+    alike, weighed = [error.sum((1, 2)) for error in errors], [(weights * error).sum((1, 2)) for error in errors]
+    assert (weighed[1] < weighed[0] + 1e-4).all() and weighed[1].sum() < 0.97 * weighed[0].sum()
+    assert (alike[0] < alike[1] + 1e-4).all()
+
+
+@pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
+def test_without_a_trellis_all_errors_count_alike(kind):
+    z, quantizers = torch.randn(32, 4, 4, 4), []
+    for weights in (None, torch.rand(32, 4, 4)):
+        torch.manual_seed(0)
+        quantizers.append(kind(16, 4).train())
+        for _ in range(3):
+            quantizers[-1](z, weights=weights)
+    for value, other in zip(*(list(quantizer.buffers()) for quantizer in quantizers)):
+        assert torch.equal(value, other)
+
+
+def test_the_temperature_is_in_units_of_the_weighed_distortion():
+    quantizer, z = trained(BAQuantizer, 4, ema_decay=0)
+    weights = 4.0 ** torch.randint(-1, 2, (256, 4, 4))
+    z_q = quantizer.train()(z, weights=weights).z_q
+    assert quantizer.distortion.item() == pytest.approx((weights * (z - z_q).square().sum(1)).mean().item(), rel=1e-4)
+
+
 def test_paths_do_not_leave_their_image():
     quantizer, z = trained(VQEMAQuantizer, 4)
     whole, last = quantizer(z), quantizer(z[-1:])
@@ -166,6 +213,23 @@ def test_with_prediction_each_half_has_a_path(kind, trellis, codes):
     assert first.max() < codes <= second.min() and second.max() < 2 * codes
     with pytest.raises(ValueError, match="trellis"):
         PredictiveQuantizer(kind(8, 3, trellis=trellis), kind(8, 3, trellis=0))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_on_the_path_of_scaled_differences_those_of_latents_count(scaled):
+    quantizer = PredictiveQuantizer(VQEMAQuantizer(8, 3, trellis=16), VQEMAQuantizer(8, 3, trellis=16), scaled=scaled).train()
+    torch.nn.init.normal_(quantizer.predictor[2].weight)
+    z = torch.randn(6, 3, 8, 8)
+    quantizer(z)
+    z_q, indices, _ = quantizer.eval()(z)
+    latents = vqvae.split_halves(z.permute(0, 2, 3, 1))[1]  # (B, m, D)
+    mean, log_size = quantizer.predict(vqvae.split_halves(z_q.permute(0, 2, 3, 1))[0], z.shape[2:])
+    scale = (vqvae.SCALE_POWER * log_size).exp()  # (B, m, 1)
+    codes = quantizer.second.codebook[:, None, None]  # (32, 1, 1, D)
+    errors = (scale * codes + mean - latents).square().sum(-1)  # (32, B, m): what the latents want, whatever the scale
+    numbers = vqvae.split_halves(quantizer.code_numbers(indices))[1] - len(codes)
+    subsets = vqvae._by_paths(vqvae.cheapest_path, errors.view(16, 2, 6, -1).amin(1).movedim(0, -1))
+    assert torch.equal(numbers // 2, subsets)
 
 
 def test_perplexity_is_that_of_an_index_whose_state_is_known():
