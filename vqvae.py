@@ -37,7 +37,6 @@ import functools
 import hashlib
 import http.client
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -65,7 +64,7 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-FORMAT_VERSION = 3  # of checkpoints and final models; 1 is read, too, 2 had another distance
+FORMAT_VERSION = 4  # of checkpoints and final models; 1 and 3 are read, too, but no trellis of theirs, which had other paths
 RECON_WEIGHT = 8.0  # of the mean squared error of [0, 1] images against the commitment loss
 REFINE_STEP = 0.7  # of the way that a pass of VQVAE.refined moves a latent
 
@@ -710,11 +709,11 @@ def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
 def _on_path(function, values):
     """function(values) of values (B, T, ...) of the latents of images, row by row, where it wants them in the order of the path.
 
-    The path goes on by a golden section of its length, round and round: like that the places that it has passed, and those that
-    it passes one after the other, are far apart.
+    The path goes on by about a golden section of its length, round and round, so that places passed one after the other lie far
+    apart: by the nearest number to 0.382 of it that has no factor in common with it (short ones have none that does much).
     """
     length = values.shape[1]
-    stride = next(n for n in itertools.count(max(1, round(0.382 * length))) if math.gcd(n, length) == 1)
+    stride = min((n for n in range(1, length + 1) if math.gcd(n, length) == 1), key=lambda n: abs(n - 0.382 * length))
     steps = torch.arange(length, device=values.device)
     return function(values[:, steps * stride % length])[:, steps * pow(stride, -1, length) % length]
 
@@ -776,29 +775,29 @@ def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
     known and after.
     """
     halves = _half_norms(codebook)
-    best, log_sums = z.new_empty(2, len(z), states)  # of each subset: best score; log of its summed weights, relative to it
-    slopes = (2 / temperature * weights)[:, None]  # (N, 1) of a log weight over the score
+    best, log_sums = z.new_empty(2, len(z), states)  # of each subset: best score; log of its summed factors, relative to it
+    slopes = (2 / temperature * weights).clamp_max(1e36)[:, None]  # (N, 1) of a log factor over the score
 
-    def log_weights(scores, its_best, its_slopes):
-        """Log weights (n, states, codes of a subset) relative to its nearest code; scores (n, codes) are overwritten."""
+    def log_factors(scores, its_best, its_slopes):
+        """Log of w_k exp(..) (n, states, codes of a subset), relative to its nearest code; scores (n, codes) are overwritten."""
         relative = scores.view(len(scores), states, -1).sub_(its_best[:, :, None])
         return relative.mul_(its_slopes[:, :, None]).add_(log_w.view(states, -1))
 
     for chunk, its_best, its_sums, its_slopes in _chunks(len(codebook), z, best, log_sums, slopes):
         scores = _scores(chunk, codebook, halves)  # (n, codes)
         its_best[:] = scores.view(len(chunk), states, -1).amax(2)
-        its_sums[:] = _log_sum_exp(log_weights(scores, its_best, its_slopes))
+        its_sums[:] = _log_sum_exp(log_factors(scores, its_best, its_slopes))
     subsets = _cheapest_subsets(best, length, weights)  # (N, 1)
     gap = (slopes * (best - best.amax(1, keepdim=True))).clamp_min(-1e35)  # finite at any temperature
     posterior = _by_paths(path_posterior, (gap + log_sums).view(-1, length, states)).view(-1, states)
-    share = posterior - log_sums  # log P = log weight + share
+    share = posterior - log_sums  # log P = log factor + share
     numbers = torch.empty(len(z), dtype=torch.int64, device=z.device)
     stats, squares = z.new_zeros(z.shape[1] + 1, len(codebook)), z.new_zeros(())
     for chunk, its_best, its_share, its_slopes, its_subsets, its_numbers in _chunks(
             len(codebook), z, best, share, slopes, subsets, numbers):
         scores = _scores(chunk, codebook, halves)
         its_numbers[:] = _number_in(its_subsets, scores, states)
-        P = _exp(log_weights(scores, its_best, its_slopes).add_(its_share[:, :, None])).flatten(1)  # (n, codes)
+        P = _exp(log_factors(scores, its_best, its_slopes).add_(its_share[:, :, None])).flatten(1)  # (n, codes)
         stats.addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
         squares += torch.linalg.vector_norm(P).square()
     score = (weights * best.gather(1, subsets).squeeze(1)).sum()
@@ -924,9 +923,10 @@ class Quantizer(Float32Module):
     def forward(self, z: torch.Tensor, weights: torch.Tensor | None = None) -> Quantized:
         """z (B, D, H, W), (B, D, n) or (N, D), any float dtype -> Quantized(z_q, indices, loss).
 
-        weights (B, H, W), (B, n) or (N,), above 0: how much the squared error of each latent counts where a trellis
-        weighs one against another; None: all the same. In training the first batch initialises the codebook, and every
-        batch updates it after its own look-up. Raises ValueError on a wrong shape or an empty batch.
+        weights (B, H, W), (B, n) or (N,), above 0: how much the squared error of each latent counts on the path through a
+        trellis, and in BA-VQ's assignments to it; None: all the same. Means over latents do not know them, nor does a quantizer
+        without a trellis. In training the first batch initialises the codebook, and every batch updates it after its own
+        look-up. Raises ValueError on a wrong shape or an empty batch.
         """
         if z.dim() == 2 and self.trellis:
             raise ValueError(f"a trellis needs to know which latents are one path: (B, {self.dim}, n) or (B, {self.dim}, H, W)")
@@ -939,7 +939,10 @@ class Quantizer(Float32Module):
             rows = z.movedim(1, -1)  # (B, ..., D)
             length = rows[0].numel() // self.dim
             flat = self._on_sphere(rows.reshape(-1, self.dim).float())  # (N, D)
-            weights = flat.new_ones(len(flat)) if weights is None else weights.reshape(-1)
+            weights = rows.new_ones(rows.shape[:-1]) if weights is None else weights
+            if weights.shape != rows.shape[:-1]:
+                raise ValueError(f"expected weights {tuple(rows.shape[:-1])}, got {tuple(weights.shape)}")
+            weights = weights.detach().reshape(-1).float()  # (N,)
             if self.training:
                 quantized, numbers = self._train_step(flat.detach(), length, weights)
             else:
@@ -1062,7 +1065,7 @@ class BAQuantizer(Quantizer):
 
     entropy_weight: lambda in [0, inf]: 0 lets codes die, 1 is soft k-means, inf holds q_k = 1/K.
     temperature_start, temperature_end: tau in units of the mean distortion to the nearest code, falling
-    geometrically over the first anneal_fraction of training (`set_progress`).
+    geometrically over the first anneal_fraction of training (`set_progress`). On a path with weights d is weighted, in both.
     ba_iters: Blahut-Arimoto steps per batch.  Dead codes restart only where lambda > 1.
     Raises ValueError on a value outside its range.
     """
@@ -1852,13 +1855,16 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: not a checkpoint of this project, or damaged ({reason}); remove it or take another") from error
     if not isinstance(state, dict) or not {"format_version", "config", "model"} <= set(state):
         raise UserError(f"{path}: not a checkpoint of this project (keys missing); take another")
-    if state["format_version"] not in (1, FORMAT_VERSION):
-        raise UserError(f"{path}: format version {state['format_version']}, this code reads 1 and {FORMAT_VERSION}; "
+    version = state["format_version"]
+    if version not in (1, 3, FORMAT_VERSION):  # 2 had another distance
+        raise UserError(f"{path}: format version {version}, this code reads 1, 3 and {FORMAT_VERSION}; "
                         "use the version of vqvae.py that wrote it")
     try:
-        stored_config(state["config"])
+        config = stored_config(state["config"])
     except (UserError, TypeError) as error:
         raise UserError(f"{path}: its config is not valid here ({error})") from error
+    if config.trellis != "none" and version < FORMAT_VERSION:
+        raise UserError(f"{path}: the paths of its trellis went row by row; train it again, or use the vqvae.py that wrote it")
     return state
 
 

@@ -14,7 +14,7 @@ import vqvae
 from vqvae import BAQuantizer, PredictiveQuantizer, VQEMAQuantizer
 
 UNGERBOECK = ((0, 2), (1, 3), (2, 0), (3, 1))  # 1982: subset for a bit (column) in a state (row), 2 b'' + b'
-PLACES = {1: [0], 2: [0, 1], 3: [0, 1, 2], 5: [0, 2, 4, 1, 3], 6: [0, 5, 4, 3, 2, 1]}  # of an image, as the path passes them
+PLACES = {1: [0], 2: [0, 1], 3: [0, 1, 2], 5: [0, 2, 4, 1, 3], 6: [0, 1, 2, 3, 4, 5]}  # of an image, as the path passes them
 LENGTHS = [(1, 2), (3, 2), (6, 2), (2, 4), (5, 4), (1, 8), (3, 8)]  # of paths, and the bases of their digits: 4, 16, 64 states
 
 
@@ -64,7 +64,7 @@ def test_an_index_is_a_digit_and_a_place_in_its_subset(length, base):
     assert torch.equal(indices % size, numbers % size) and torch.equal(vqvae.path_numbers(indices, base * size, base), numbers)
 
 
-@pytest.mark.parametrize("length", [12, 32, 64, 7])
+@pytest.mark.parametrize("length", [12, 20, 32, 36, 64, 256])  # short ones, and 16 and 24, have no such stride
 def test_a_path_passes_all_latents_of_an_image_far_from_where_it_was(length):
     place = torch.arange(length)
     on_path = []
@@ -122,6 +122,7 @@ def test_chunks_change_nothing(subsets):
     parts = [vqvae.soft_assign_paths(part, codebook, log_w, torch.tensor(0.5), 32, subsets, some)
              for part, some in zip(z.split(320), weights.split(320))]
     assert torch.equal(whole.indices, torch.cat([part.indices for part in parts]))
+    assert torch.equal(whole.indices, vqvae.nearest_path(z, codebook, 32, subsets, weights))
     assert torch.allclose(whole.stats, sum(part.stats for part in parts), rtol=1e-4, atol=1e-4)
 
 
@@ -171,6 +172,10 @@ def test_a_path_serves_the_latents_whose_errors_count_more(kind):
     alike, weighed = [error.sum((1, 2)) for error in errors], [(weights * error).sum((1, 2)) for error in errors]
     assert (weighed[1] < weighed[0] + 1e-4).all() and weighed[1].sum() < 0.97 * weighed[0].sum()
     assert (alike[0] < alike[1] + 1e-4).all()
+    indices = quantizer(z, weights=weights).indices
+    assert torch.equal(quantizer.train()(z, weights=weights.double()).indices, indices)  # training looks up before it learns
+    with pytest.raises(ValueError, match="weights"):
+        quantizer(z, weights=weights[:1])
 
 
 @pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
@@ -278,6 +283,10 @@ def test_a_run_its_metrics_and_its_codes(tiny_config, tmp_path, quantizer, predi
     assert (few in capsys.readouterr().out) == (halves * codes > 32)
     folder = Path(config.out_dir) / config.name
     model, loaded = vqvae.load_model(folder / "final_model.pt")
+    earlier = {**torch.load(folder / "final_model.pt", weights_only=True), "format_version": 3}
+    torch.save(earlier, tmp_path / "earlier.pt")
+    with pytest.raises(vqvae.UserError, match="earlier.pt: the paths of its trellis went row by row"):
+        vqvae.load_model(tmp_path / "earlier.pt")
     images = vqvae.test_images(loaded)
     again = vqvae.evaluate(model, images, 16)
     assert again == {key: metrics[key] for key in again}
