@@ -924,9 +924,9 @@ class Quantizer(Float32Module):
         """z (B, D, H, W), (B, D, n) or (N, D), any float dtype -> Quantized(z_q, indices, loss).
 
         weights (B, H, W), (B, n) or (N,), above 0: how much the squared error of each latent counts on the path through a
-        trellis, and in BA-VQ's assignments to it; None: all the same. Means over latents do not know them, nor does a quantizer
-        without a trellis. In training the first batch initialises the codebook, and every batch updates it after its own
-        look-up. Raises ValueError on a wrong shape or an empty batch.
+        trellis, and in BA-VQ's assignments to it; None: all the same. Centroids and commitment loss are without them, as is a
+        quantizer without a trellis. In training the first batch initialises the codebook, and every batch updates it after its
+        own look-up. Raises ValueError on a wrong shape or an empty batch.
         """
         if z.dim() == 2 and self.trellis:
             raise ValueError(f"a trellis needs to know which latents are one path: (B, {self.dim}, n) or (B, {self.dim}, H, W)")
