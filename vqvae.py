@@ -137,12 +137,13 @@ class Config:
     ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
     prediction: str | None = option(None, "'checkerboard': every second latent is predicted from the codes around it, and the "
                                     "difference has codes of its own; 'scaled': they tell how large it will be, too, and the "
-                                    "codes are as much larger or smaller (default: checkerboard; none for cosine, vq_ema "
-                                    "classical, images of one latent)",
+                                    "codes are as much larger or smaller (default: scaled; none for cosine, vq_ema classical, "
+                                    "images of one latent)",
                                     choices=("none", "checkerboard", "scaled"))
-    trellis: str = option("none", "'4', '16' or '64' states: the codes of an image are chosen jointly, along a path through a "
-                          "trellis, each among codebook_size of two, four or eight times as many codes",
-                          choices=("none", "4", "16", "64"))
+    trellis: str | None = option(None, "'4', '16' or '64' states: the codes of an image are chosen jointly, along a path through "
+                                 "a trellis, each among codebook_size of two, four or eight times as many codes (default: 16, "
+                                 "beyond K = 4096 4; none without prediction, for more than 256 latents an image, or a K that 4 "
+                                 "does not divide)", choices=("none", "4", "16", "64"))
     # training
     warmup_fraction: float | None = option(None, "fraction of training before the quantizer joins in "
                                            "(default 0.1; vq_ema classical 0)", low=0, high=0.9)
@@ -181,11 +182,13 @@ class Config:
         classical = self.quantizer == "vq_ema" and self.vq_recipe == "classical"
         if self.prediction is None:
             without = classical or self.metric == "cosine" or self.image_size == self.downsample
-            object.__setattr__(self, "prediction", "none" if without else "checkerboard")
+            object.__setattr__(self, "prediction", "none" if without else "scaled")
         if self.prediction != "none" and self.metric == "cosine":
             raise UserError("prediction: differences have lengths, which cosine does not compare; use metric euclid")
         if self.prediction != "none" and self.image_size == self.downsample:
             raise UserError("prediction: an image of one latent has no neighbours to predict from; lower downsample")
+        if self.trellis is None:
+            object.__setattr__(self, "trellis", default_trellis(self))
         if self.trellis != "none" and self.image_size == self.downsample:
             raise UserError("trellis: an image of one latent has no path to choose; lower downsample")
         if self.codebook_size % trellis_base(self.states):
@@ -199,7 +202,7 @@ class Config:
     @property
     def states(self) -> int:
         """States of the trellis, 0 without one."""
-        return 0 if self.trellis == "none" else int(self.trellis)
+        return 0 if self.trellis is None or self.trellis == "none" else int(self.trellis)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
@@ -212,6 +215,18 @@ class Config:
     def to_dict(self) -> dict:
         """Plain values, fit for YAML, JSON and checkpoints; infinity is the text "inf"."""
         return {key: "inf" if value == math.inf else value for key, value in dataclasses.asdict(self).items()}
+
+
+def default_trellis(config: Config) -> str:
+    """16 states where they were measured to pay (results/FINDINGS.md), 4 for larger K, where 16 would take too long.
+
+    None without prediction, for a K that has no equal parts, and where an image has so many latents that the loops along its
+    path would be what training waits for.
+    """
+    many = (config.image_size // config.downsample) ** 2 > 256
+    if config.prediction == "none" or many or config.codebook_size % 4:
+        return "none"
+    return "16" if config.codebook_size <= 4096 else "4"
 
 
 def default_ema_decay(config: Config) -> float:
@@ -671,7 +686,7 @@ def cheapest_path(costs: torch.Tensor) -> torch.Tensor:
     base = trellis_base(subsets)
     costs = costs.permute(2, 1, 0).contiguous()[_branches(base, costs.device)]  # (base, base, base, T, B): paths last are fast
     totals = [costs.new_full((base, base, paths), math.inf)]  # of the cheapest path to each state
-    totals[0][0, 0] = 0
+    totals[0][0, 0].zero_()
     for t in range(length):
         totals.append((totals[t][:, :, None] + costs[..., t, :]).amin(0))  # (base, base, B) by b' and b
     every, state = torch.arange(paths, device=costs.device), totals.pop().flatten(0, 1).argmin(0)  # (B,) base b' + b
@@ -696,8 +711,8 @@ def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
     forth = logs[branches]  # (base, base, base, T, B)
     both = torch.stack([forth, forth.flip(3).transpose(0, 2)])  # (2, base, base, base, T, B)
     totals = [logs.new_zeros(2, base, base, paths)]  # of all paths to a state, up to a factor
-    totals[0][0] = -math.inf
-    totals[0][0, 0, 0] = 0
+    totals[0][0].fill_(-math.inf)
+    totals[0][0, 0, 0].zero_()
     for t in range(length - 1):
         total = (totals[t][:, :, :, None] + both[..., t, :]).logsumexp(1)  # (2, base, base, B)
         totals.append(total - total.amax((1, 2), keepdim=True))

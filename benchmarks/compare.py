@@ -41,41 +41,41 @@ import vqvae
 
 CLASSICAL = ["--quantizer", "vq_ema", "--vq_recipe", "classical"]
 NO_WARMUP, NO_RESTARTS = ["--warmup_fraction", "0"], ["--restart_threshold", "0"]
-NO_PREDICTION = ["--prediction", "none"]
-TRELLIS = ["--trellis", "4"]
 SCALED_TRELLISES = {"": "4", "16": "16", "64": "64"}  # suffix of the method's name: states
-VQ_EMA = ["--quantizer", "vq_ema", *NO_PREDICTION]
 
 
-def ba_vq(entropy_weight=10, prediction="none"):
-    return ["--quantizer", "ba_vq", "--entropy_weight", str(entropy_weight), "--prediction", prediction]
+def vq_ema(prediction="none", trellis="none"):
+    return ["--quantizer", "vq_ema", "--prediction", prediction, "--trellis", trellis]
+
+
+def ba_vq(entropy_weight=10, prediction="none", trellis="none"):
+    return ["--quantizer", "ba_vq", "--entropy_weight", str(entropy_weight), "--prediction", prediction, "--trellis", trellis]
 
 
 METHODS = {
     "vq_ema_classical": CLASSICAL,
-    "vq_ema": VQ_EMA,
+    "vq_ema": vq_ema(),
     **{f"ba_vq_lambda{w:g}": ba_vq(w) for w in (0, 1, 3, 10, 30, 100, math.inf)},
-    "vq_ema_predictive": ["--quantizer", "vq_ema", "--prediction", "checkerboard"],
+    "vq_ema_predictive": vq_ema("checkerboard"),
     **{f"ba_vq_lambda{w:g}_predictive": ba_vq(w, "checkerboard") for w in (10, 100, math.inf)},
-    "vq_ema_predictive_trellis": ["--quantizer", "vq_ema", "--prediction", "checkerboard", *TRELLIS],
-    **{f"ba_vq_lambda{w:g}_predictive_trellis": [*ba_vq(w, "checkerboard"), *TRELLIS] for w in (10, 50, 100, math.inf)},
-    "vq_ema_scaled": ["--quantizer", "vq_ema", "--prediction", "scaled"],
+    "vq_ema_predictive_trellis": vq_ema("checkerboard", "4"),
+    **{f"ba_vq_lambda{w:g}_predictive_trellis": ba_vq(w, "checkerboard", "4") for w in (10, 50, 100, math.inf)},
+    "vq_ema_scaled": vq_ema("scaled"),
     **{f"ba_vq_lambda{w:g}_scaled": ba_vq(w, "scaled") for w in (10, 100)},
-    **{f"vq_ema_scaled_trellis{suffix}": ["--quantizer", "vq_ema", "--prediction", "scaled", "--trellis", states]
-       for suffix, states in SCALED_TRELLISES.items()},
-    **{f"ba_vq_lambda{w:g}_scaled_trellis{suffix}": [*ba_vq(w, "scaled"), "--trellis", states]
+    **{f"vq_ema_scaled_trellis{suffix}": vq_ema("scaled", states) for suffix, states in SCALED_TRELLISES.items()},
+    **{f"ba_vq_lambda{w:g}_scaled_trellis{suffix}": ba_vq(w, "scaled", states)
        for suffix, states in SCALED_TRELLISES.items() for w in (10, 100)},
     # One factor at a time between the two recipes: what keeps the codes of a large codebook alive (FINDINGS.md).
     "vq_ema_classical_decay": [*CLASSICAL, "--ema_decay", "0.97475"],  # that of the tuned recipe at K = 16,384
     "vq_ema_classical_decay99": [*CLASSICAL, "--ema_decay", "0.99"],  # van den Oord 2017, appendix A.1
     "vq_ema_classical_warmup": [*CLASSICAL, "--warmup_fraction", "0.1"],
-    **{f"{name}{suffix}": [*flags, *more] for name, flags in (("vq_ema", VQ_EMA), ("ba_vq", ba_vq())) for suffix, more in (
+    **{f"{name}{suffix}": [*flags, *more] for name, flags in (("vq_ema", vq_ema()), ("ba_vq", ba_vq())) for suffix, more in (
         ("_no_warmup", NO_WARMUP), ("_no_restarts", NO_RESTARTS), ("_no_warmup_no_restarts", [*NO_WARMUP, *NO_RESTARTS]))},
     "ba_vq_lambda1_no_warmup": [*ba_vq(1), *NO_WARMUP],  # no prior; it has no restarts
     # peers.py builds these; the flags are their settings of the loop (LOG.md).
-    **{name: VQ_EMA for name in peers.PEERS},
-    **{name: [*VQ_EMA, *NO_WARMUP] for name in ("lib_simvq", "lib_fsq", "lib_lfq", "sq_vae")},
-    "lib_cosine": [*VQ_EMA, "--commitment_weight", "2"],
+    **{name: vq_ema() for name in peers.PEERS},
+    **{name: [*vq_ema(), *NO_WARMUP] for name in ("lib_simvq", "lib_fsq", "lib_lfq", "sq_vae")},
+    "lib_cosine": [*vq_ema(), "--commitment_weight", "2"],
 }
 # At large K more latent directions are worth codes, and a longer warm-up lets them grow before there are any (FINDINGS.md).
 METHODS.update({f"{name}_warmup20": [*METHODS[name], "--warmup_fraction", "0.2"] for name in (

@@ -56,7 +56,7 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(capsys, tmp_path,
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, "--dry_run", "--codebook_size", "16384")
     settings = yaml.safe_load(out)
-    assert code == 0 and settings["ema_decay"] == pytest.approx(1 - 0.25 ** 0.5 / 28, abs=1e-5)
+    assert code == 0 and settings["ema_decay"] == pytest.approx(1 - 0.125 ** 0.5 / 28, abs=1e-5)
     assert vqvae.Config.from_dict(settings) == vqvae.Config(codebook_size=16384)
     assert list(tmp_path.iterdir()) == []
 

@@ -54,7 +54,7 @@ def test_figures_of_every_kind(tiny_config, tmp_path):
     folders = analysis.find_runs(tiny_config().out_dir)
     records, models, histograms, images = analysis.open_runs(folders)
     assert [record["name"] for record in records] == ["ba", "ba_cosine", "ba_lambda0_k8", "ema"] and len(images) == 40
-    assert [histogram.shape[1] for histogram in histograms] == [16, 16, 8, 16]
+    assert [histogram.shape[1] for histogram in histograms] == [64, 16, 32, 16]
     figures = [analysis.training_curves(folders), analysis.usage_histograms(records, histograms),
                analysis.reconstruction_grid(records, models, images, [0, 3, 99]), analysis.rate_distortion(records),
                analysis.codes_and_latents(records, models, images), analysis.cell_sizes(records, models, images),

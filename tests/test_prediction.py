@@ -195,7 +195,7 @@ def test_halves_of_a_grid(size):
 
 
 def test_counts_and_metrics_of_two_codebooks():
-    model = vqvae.make_model(Config(codebook_size=4, hidden_dim=4, latent_dim=2, prediction="checkerboard"))
+    model = vqvae.make_model(Config(codebook_size=4, hidden_dim=4, latent_dim=2, trellis="none"))
     histogram = vqvae.empty_histogram(model, 4)
     vqvae.count_codes(histogram, model, torch.tensor([[[0, 3], [3, 1]], [[2, 3], [3, 3]]]))
     assert histogram.tolist() == [[1, 1, 1, 1], [0, 0, 0, 4]]
@@ -213,8 +213,8 @@ def test_the_networks_start_the_same_with_and_without():
 
 
 @pytest.mark.parametrize("settings, prediction", [
-    (dict(), "checkerboard"), (dict(quantizer="vq_ema"), "checkerboard"), (dict(metric="cosine"), "none"),
-    (dict(quantizer="vq_ema", vq_recipe="classical"), "none"), (dict(vq_recipe="classical"), "checkerboard"),
+    (dict(), "scaled"), (dict(quantizer="vq_ema"), "scaled"), (dict(metric="cosine"), "none"),
+    (dict(quantizer="vq_ema", vq_recipe="classical"), "none"), (dict(vq_recipe="classical"), "scaled"),
     (dict(dataset="dead_leaves", image_size=4), "none"), (dict(prediction="none"), "none"),
     (dict(quantizer="vq_ema", vq_recipe="classical", prediction="checkerboard"), "checkerboard")])
 def test_who_predicts(settings, prediction):
@@ -240,14 +240,14 @@ def test_only_runs_alike_in_prediction_are_compared(tiny_config):
 def test_a_codebook_sees_half_of_the_vectors():
     assert Config(codebook_size=4096, prediction="none", trellis="4").ema_decay == pytest.approx(1 - 1 / 28, abs=1e-5)
     assert Config(codebook_size=2048, prediction="none", trellis="16").ema_decay == pytest.approx(1 - 1 / 28, abs=1e-5)
-    decays = {p: Config(codebook_size=4096, prediction=p).ema_decay for p in ("none", "checkerboard")}
+    decays = {p: Config(codebook_size=4096, prediction=p, trellis="none").ema_decay for p in ("none", "checkerboard")}
     assert decays["none"] == pytest.approx(1 - math.sqrt(2) / 28, abs=1e-4)
     assert decays["checkerboard"] == pytest.approx(1 - 1 / 28, abs=1e-4)
 
 
 @pytest.mark.parametrize("quantizer, prediction", [("vq_ema", "checkerboard"), ("ba_vq", "checkerboard"), ("ba_vq", "scaled")])
 def test_a_run_from_training_to_pictures(tiny_config, quantizer, prediction):
-    config = tiny_config(quantizer=quantizer, prediction=prediction)
+    config = tiny_config(quantizer=quantizer, prediction=prediction, trellis="none")
     metrics = vqvae.train(config)
     folder = Path(config.out_dir) / "tiny"
     assert "peer" not in metrics and metrics["usage_rate"] <= 1 and metrics["perplexity"] <= 16

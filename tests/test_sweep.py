@@ -362,7 +362,7 @@ def test_a_run_given_twice_is_one_and_a_peer_is_no_vq_ema(tiny_config, capsys):
     analysis.main([str(folder / "own"), str(folder / "other" / ".." / "own"), str(folder / "other")])
     out = capsys.readouterr().out
     both = analysis.load_runs([folder / "own", folder / "other"])
-    assert [record["method"] for record in both] == ["VQ-EMA tuned predictive", "Peer"]
+    assert [record["method"] for record in both] == ["VQ-EMA tuned scaled trellis 16", "Peer"]
     assert "Peer" in analysis.over_seeds(both) and "±" not in analysis.over_seeds(both)
     assert out.count("VQ-EMA tuned") == 1 and "left out, quantizers of benchmarks/peers.py: other" in out
 

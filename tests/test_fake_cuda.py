@@ -1,0 +1,85 @@
+"""What a CUDA graph would refuse, seen without a GPU: tensors of a fake one have a shape and a device, but no values."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import vqvae
+
+
+class Copies(TorchDispatchMode):
+    """Notes the operations that copy a tensor between host and device, which waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        devices = {tensor.device.type for tensor in tree_leaves((args, kwargs, result)) if isinstance(tensor, torch.Tensor)}
+        if len(devices) > 1:
+            self.found.add(str(function))
+        return result
+
+
+def on_fake_cuda(module):
+    """`module` with all of its tensors replaced by those of a device that does not exist; inside FakeTensorMode."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                tensors[name] = torch.nn.Parameter(fake) if isinstance(tensor, torch.nn.Parameter) else fake
+    return module
+
+
+def forward(model, quantize=True):
+    """Copies of one training step's forward pass, after one that lets the codes start."""
+    x = torch.empty(16, 3, 32, 32, device="cuda")
+    model(x, quantize)
+    model.quantizer.set_progress(0.5)
+    with Copies() as copies:
+        model(x, quantize)
+    return copies.found
+
+
+@pytest.mark.parametrize("trellis", ["none", "4", "16", "64"])
+@pytest.mark.parametrize("prediction", ["none", "checkerboard", "scaled"])
+@pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
+def test_a_step_neither_waits_for_the_device_nor_depends_on_values(monkeypatch, quantizer, prediction, trellis):
+    monkeypatch.setattr(vqvae, "e_step", lambda device, dim: vqvae.soft_assign)  # the fused one is a kernel, which needs a driver
+    config = vqvae.Config(hidden_dim=8, latent_dim=4, codebook_size=64, quantizer=quantizer, prediction=prediction,
+                          trellis=trellis)
+    model = vqvae.make_model(config).train()
+    with FakeTensorMode():
+        assert forward(on_fake_cuda(model)) == set()
+
+
+@pytest.mark.parametrize("metric", ["euclid", "cosine"])
+def test_cosine_and_the_warm_up_neither(monkeypatch, metric):
+    monkeypatch.setattr(vqvae, "e_step", lambda device, dim: vqvae.soft_assign)
+    model = vqvae.make_model(vqvae.Config(hidden_dim=8, latent_dim=4, codebook_size=64, metric=metric, trellis="none")).train()
+    with FakeTensorMode():
+        model = on_fake_cuda(model)
+        assert forward(model, quantize=False) == set()
+        assert forward(model) == set()
+
+
+@pytest.mark.parametrize(("wrong", "caught"), [
+    (lambda z: z.sum().item(), DataDependentOutputException),
+    (lambda z: z[z > 0], DynamicOutputShapeException),
+    (lambda z: z + torch.ones(z.shape), RuntimeError),  # of another device
+])
+def test_what_waits_is_found(monkeypatch, wrong, caught):
+    monkeypatch.setattr(vqvae.VQEMAQuantizer, "update", lambda self, z, stats: wrong(z))
+    model = vqvae.make_model(vqvae.Config(quantizer="vq_ema", hidden_dim=8, latent_dim=4, codebook_size=64)).train()
+    with FakeTensorMode(), pytest.raises(caught):
+        forward(on_fake_cuda(model))
+
+
+def test_copies_are_found(monkeypatch):
+    monkeypatch.setattr(vqvae.VQEMAQuantizer, "update", lambda self, z, stats: torch.arange(4).to(z.device))
+    model = vqvae.make_model(vqvae.Config(quantizer="vq_ema", hidden_dim=8, latent_dim=4, codebook_size=64)).train()
+    with FakeTensorMode():
+        assert "aten._to_copy.default" in forward(on_fake_cuda(model))
