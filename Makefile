@@ -1,4 +1,4 @@
-# make run    set up .venv, train VQ-EMA and BA-VQ on the embedded data set, compare them
+# make run    set up .venv, train classical and tuned VQ-EMA and BA-VQ on the embedded data set, compare them
 # make test   set up .venv, run the linter, the type checker and the tests, report coverage
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -9,9 +9,10 @@ QUICK := --dataset dead_leaves --hidden_dim 64 --latent_dim 8 --codebook_size 51
 .PHONY: run test clean
 
 run: .venv/run
+	$(PY) train.py --quantizer vq_ema --vq_recipe classical --name quick_classical $(QUICK)
 	$(PY) train.py --quantizer vq_ema --name quick_vq_ema $(QUICK)
-	$(PY) train.py --quantizer ba_vq --name quick_ba_vq $(QUICK)
-	$(PY) analysis.py experiments/quick_vq_ema experiments/quick_ba_vq
+	$(PY) train.py --quantizer ba_vq --entropy_weight 100 --name quick_ba_vq $(QUICK)
+	$(PY) analysis.py experiments/quick_classical experiments/quick_vq_ema experiments/quick_ba_vq
 
 test: .venv/test
 	.venv/bin/ruff check .

@@ -579,6 +579,12 @@ def _exp(x):
     return x.mul_(1 / math.log(2)).clamp_(min=-60).exp2_()
 
 
+def _log_sum_exp(x, dim):
+    """Log of the sum of exp over a dimension, x overwritten; on the CPU up to five times as fast as PyTorch's."""
+    top = x.amax(dim)
+    return _exp(x.sub_(top.unsqueeze(dim))).sum(dim).log_().add_(top)
+
+
 def _softmax(logs):
     """softmax over the rows of logs (n, K), which are overwritten; on the CPU faster than PyTorch's."""
     if logs.device.type != "cpu":
@@ -658,6 +664,9 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
 # choice to the next one, which should be a rough one, and neighbours in the image are alike.
 
 
+OUT_OF_REACH = -1e37  # log weight: below those in reach, and finite, as infinity less infinity is no number
+
+
 def trellis_base(states: int) -> int:
     """m, from the m^2 states of a trellis; 1 for 0 states, without one."""
     return max(1, math.isqrt(states))
@@ -701,8 +710,8 @@ def cheapest_path(costs: torch.Tensor) -> torch.Tensor:
 def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
     """Log probability (B, T, subsets) of each subset where a path has the product of its subsets' weights.
 
-    log_weights (B, T, subsets). The forward-backward algorithm (Bahl 1974); -inf for subsets out of reach. Backward is forward
-    with time and digits reversed, so one loop does both.
+    log_weights (B, T, subsets). The forward-backward algorithm (Bahl 1974). Backward is forward with time and digits reversed,
+    so one loop does both. Subsets out of reach have about OUT_OF_REACH.
     """
     paths, length, subsets = log_weights.shape
     base = trellis_base(subsets)
@@ -711,14 +720,14 @@ def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
     forth = logs[branches]  # (base, base, base, T, B)
     both = torch.stack([forth, forth.flip(3).transpose(0, 2)])  # (2, base, base, base, T, B)
     totals = [logs.new_zeros(2, base, base, paths)]  # of all paths to a state, up to a factor
-    totals[0][0].fill_(-math.inf)
+    totals[0][0].fill_(OUT_OF_REACH)
     totals[0][0, 0, 0].zero_()
     for t in range(length - 1):
-        total = (totals[t][:, :, :, None] + both[..., t, :]).logsumexp(1)  # (2, base, base, B)
+        total = _log_sum_exp(totals[t][:, :, :, None] + both[..., t, :], 1)  # (2, base, base, B)
         totals.append(total - total.amax((1, 2), keepdim=True))
     forward, backward = torch.stack(totals, 3)  # (base, base, T, B) by b'' and b'; by b and b'
     around = forward[:, :, None] + backward.flip(2).flatten(0, 1)[branches]  # by b'', b' and b xor b'', b being b'' xor that
-    return (around.logsumexp(0).transpose(0, 1).flatten(0, 1) + logs).log_softmax(0).permute(2, 1, 0)
+    return (_log_sum_exp(around, 0).transpose(0, 1).flatten(0, 1) + logs).log_softmax(0).permute(2, 1, 0)
 
 
 def _on_path(function, values):
@@ -801,9 +810,9 @@ def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
     for chunk, its_best, its_sums, its_slopes in _chunks(len(codebook), z, best, log_sums, slopes):
         scores = _scores(chunk, codebook, halves)  # (n, codes)
         its_best[:] = scores.view(len(chunk), states, -1).amax(2)
-        its_sums[:] = _log_sum_exp(log_factors(scores, its_best, its_slopes))
+        its_sums[:] = _log_sum_exp(log_factors(scores, its_best, its_slopes), 2)
     subsets = _cheapest_subsets(best, length, weights)  # (N, 1)
-    gap = (slopes * (best - best.amax(1, keepdim=True))).clamp_min(-1e35)  # finite at any temperature
+    gap = (slopes * (best - best.amax(1, keepdim=True))).clamp_min(-1e35)  # finite, and in reach, at any temperature
     posterior = _by_paths(path_posterior, (gap + log_sums).view(-1, length, states)).view(-1, states)
     share = posterior - log_sums  # log P = log factor + share
     numbers = torch.empty(len(z), dtype=torch.int64, device=z.device)
@@ -817,12 +826,6 @@ def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
         squares += torch.linalg.vector_norm(P).square()
     score = (weights * best.gather(1, subsets).squeeze(1)).sum()
     return Assignment(numbers, stats.T.contiguous(), score, len(z) - squares)
-
-
-def _log_sum_exp(x):
-    """Log of the sum of exp over the last dimension, x overwritten."""
-    top = x.amax(-1)
-    return top + _exp(x.sub_(top[..., None])).sum(-1).log()
 
 
 class Quantized(NamedTuple):
