@@ -710,8 +710,8 @@ def cheapest_path(costs: torch.Tensor) -> torch.Tensor:
 def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
     """Log probability (B, T, subsets) of each subset where a path has the product of its subsets' weights.
 
-    log_weights (B, T, subsets). The forward-backward algorithm (Bahl 1974). Backward is forward with time and digits reversed,
-    so one loop does both. Subsets out of reach have about OUT_OF_REACH.
+    log_weights (B, T, subsets), finite. The forward-backward algorithm (Bahl 1974). Backward is forward with time and digits
+    reversed, so one loop does both. Subsets out of reach have about OUT_OF_REACH.
     """
     paths, length, subsets = log_weights.shape
     base = trellis_base(subsets)
@@ -2148,11 +2148,11 @@ def train_step(model, optimizer, x, dtype, quantize=True):
 class GraphedStep:
     """`train_step` on a GPU, recorded as a CUDA graph and replayed: the same arguments, the same results.
 
-    A step is several hundred small kernels, which Python starts more slowly than a fast GPU runs them. The first steps with and
-    without the quantizer run as ever, since libraries then choose their kernels and workspaces; the next is recorded, which does
-    not run it, and replayed from then on. So every call is one step of training; the next one overwrites what a replay
-    returned. One object serves one model, optimizer and dtype. Needs an optimizer of `make_optimizer`, images
-    of one shape, and a quantizer that neither waits for the GPU nor draws numbers on the CPU: those of this module.
+    A step is hundreds of small kernels, thousands with a trellis, which Python starts more slowly than a fast GPU runs them.
+    The first steps with and without the quantizer run as ever, since libraries then choose their kernels and workspaces; the
+    next is recorded, which does not run it, and replayed from then on. So every call is one step of training; the next one
+    overwrites what a replay returned. One object serves one model, optimizer and dtype. Needs an optimizer of `make_optimizer`,
+    images of one shape, and a quantizer that neither waits for the GPU nor draws numbers on the CPU: those of this module.
     """
 
     EAGER_STEPS = 3

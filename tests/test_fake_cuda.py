@@ -1,4 +1,7 @@
-"""What a CUDA graph would refuse, seen without a GPU: tensors of a fake one have a shape and a device, but no values."""
+"""What a CUDA graph would refuse of a forward pass, seen without a GPU: tensors of a fake one have no values.
+
+The backward pass needs a driver; test_training.py watches a whole step on the CPU.
+"""
 
 import pytest
 import torch
@@ -9,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 import vqvae
 
 
-class Copies(TorchDispatchMode):
-    """Notes the operations that copy a tensor between host and device, which waits for the device."""
+class Waits(TorchDispatchMode):
+    """Notes what waits for the device: copies between host and device, and masks as indices, whose places are counted."""
 
     def __init__(self):
         super().__init__()
@@ -18,8 +21,9 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        devices = {tensor.device.type for tensor in tree_leaves((args, kwargs, result)) if isinstance(tensor, torch.Tensor)}
-        if len(devices) > 1:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        masked = "aten.index" in str(function) and any(tensor.dtype == torch.bool for tensor in tensors)
+        if masked or len({tensor.device.type for tensor in tensors}) > 1:
             self.found.add(str(function))
         return result
 
@@ -35,19 +39,19 @@ def on_fake_cuda(module):
 
 
 def forward(model, quantize=True):
-    """Copies of one training step's forward pass, after one that lets the codes start."""
+    """What waits in one training step's forward pass, after one that lets the codes start."""
     x = torch.empty(16, 3, 32, 32, device="cuda")
     model(x, quantize)
     model.quantizer.set_progress(0.5)
-    with Copies() as copies:
+    with Waits() as waits:
         model(x, quantize)
-    return copies.found
+    return waits.found
 
 
 @pytest.mark.parametrize("trellis", ["none", "4", "16", "64"])
 @pytest.mark.parametrize("prediction", ["none", "checkerboard", "scaled"])
 @pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
-def test_a_step_neither_waits_for_the_device_nor_depends_on_values(monkeypatch, quantizer, prediction, trellis):
+def test_a_forward_pass_neither_waits_for_the_device_nor_depends_on_values(monkeypatch, quantizer, prediction, trellis):
     monkeypatch.setattr(vqvae, "e_step", lambda device, dim: vqvae.soft_assign)  # the fused one is a kernel, which needs a driver
     config = vqvae.Config(hidden_dim=8, latent_dim=4, codebook_size=64, quantizer=quantizer, prediction=prediction,
                           trellis=trellis)
@@ -78,8 +82,12 @@ def test_what_waits_is_found(monkeypatch, wrong, caught):
         forward(on_fake_cuda(model))
 
 
-def test_copies_are_found(monkeypatch):
-    monkeypatch.setattr(vqvae.VQEMAQuantizer, "update", lambda self, z, stats: torch.arange(4).to(z.device))
+@pytest.mark.parametrize(("wrong", "name"), [
+    (lambda z: torch.arange(4).to(z.device), "aten._to_copy.default"),
+    (lambda z: z.clone().index_put_((z > 0,), z.sum()), "aten.index_put_.default"),  # the places of a mask are counted
+])
+def test_copies_and_masks_are_found(monkeypatch, wrong, name):
+    monkeypatch.setattr(vqvae.VQEMAQuantizer, "update", lambda self, z, stats: wrong(z))
     model = vqvae.make_model(vqvae.Config(quantizer="vq_ema", hidden_dim=8, latent_dim=4, codebook_size=64)).train()
     with FakeTensorMode():
-        assert "aten._to_copy.default" in forward(on_fake_cuda(model))
+        assert name in forward(on_fake_cuda(model))

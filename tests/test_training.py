@@ -1,5 +1,6 @@
 """The training loop: artefacts, learning, resuming bit for bit, refusing what would lose work."""
 
+import itertools
 import json
 import os
 import signal
@@ -685,6 +686,31 @@ def test_compile_trains_and_its_model_loads(tiny_config):
     vqvae.train(config)
     model, _ = vqvae.load_model(vqvae.Path(config.out_dir) / "tiny" / "final_model.pt")
     assert not [name for name in model.state_dict() if "_orig_mod" in name]
+
+
+def test_no_host_sync_in_a_training_step(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = str(function)
+            assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "lift_fresh")), name
+            if "aten.index" in name and isinstance(args[1], (list, tuple)):  # a mask's places are counted on the host
+                assert not any(torch.is_tensor(places) and places.dtype == torch.bool for places in args[1]), name
+            return function(*args, **(kwargs or {}))
+
+    with Watch(), pytest.raises(AssertionError, match="aten.index"):
+        torch.ones(2)[torch.ones(2).bool()]
+    monkeypatch.setattr(vqvae, "_surely_none", lambda mask: False)  # as on a GPU
+    for quantizer, prediction, trellis in itertools.product(("vq_ema", "ba_vq"), ("none", "scaled"), ("none", "16")):
+        config = vqvae.Config(hidden_dim=8, latent_dim=4, codebook_size=8, quantizer=quantizer, prediction=prediction,
+                              trellis=trellis)
+        model = vqvae.make_model(config).train()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        x = torch.rand(2, 3, 32, 32)
+        vqvae.train_step(model, optimizer, x, torch.float32)
+        with Watch():
+            vqvae.train_step(model, optimizer, x, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["vq_ema_k128_s0", "ba_vq_k128_s0"])
