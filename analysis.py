@@ -43,16 +43,16 @@ def load_runs(folders):
     names = collections.Counter(folder.name for folder in folders)
     for folder in folders:
         path = folder / "final_metrics.json"
+        record = vqvae.read_json(path)
         try:
-            record = vqvae.read_json(path)
             config = vqvae.stored_config(record["config"])
             record["config"] = config.to_dict()  # every setting, also for runs from before one existed
             name = folder.name if names[folder.name] == 1 else str(folder)
             figures = {key: float(record[key]) for key in ("psnr", "perplexity", "usage_rate", "bits_per_index")}
             figures["perplexity_share"] = figures["perplexity"] / config.codebook_size
             record = {"name": name, "method": record.get("peer") or method(config), **record, **figures}
-        except (KeyError, TypeError, ValueError) as error:
-            raise vqvae.UserError(f"{path}: no finished run here ({error})") from error
+        except (KeyError, TypeError, ValueError, vqvae.UserError) as error:
+            raise vqvae.UserError(f"{path}: no finished run of this version ({error}); move it away") from error
         records.append(record)
     return records
 
@@ -481,10 +481,11 @@ def main(argv=None):
     if missing:
         raise vqvae.UserError(f"no such folder: {', '.join(missing)}")
     given = list({path.resolve(): path if path.name else path.resolve() for path in options.folders}.values())  # each once
-    unfinished = [path.name for path in given if path.is_dir() and not (path / "final_metrics.json").exists()]
+    finished = [path for path in given if os.path.exists(path / "final_metrics.json")]
+    unfinished = [path.name for path in given if path.is_dir() and path not in finished]
     if unfinished:
         print(f"left out, no finished run: {', '.join(unfinished)}")
-    folders = without_peers(path for path in given if (path / "final_metrics.json").exists())
+    folders = without_peers(finished)
     records = load_runs(folders)
     if not records:
         raise vqvae.UserError("none of these is a run folder")

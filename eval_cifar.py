@@ -106,7 +106,7 @@ def find_inception(path=None):
         return Path(path)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqvae"
     for folder in (cache, Path("/tmp")):  # clean-fid itself keeps it in /tmp
-        if (folder / INCEPTION_NAME).is_file():
+        if (folder / INCEPTION_NAME).is_file() and os.access(folder / INCEPTION_NAME, os.R_OK):
             return folder / INCEPTION_NAME
     vqvae.download([INCEPTION_URL], cache / INCEPTION_NAME)
     return cache / INCEPTION_NAME

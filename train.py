@@ -5,7 +5,7 @@
     torchrun --standalone --nproc_per_node 4 train.py --config config_gpu.yaml
 
 Precedence: built-in default < YAML (config.yaml beside this script, or --config) < flag.
-Exit codes: 0 done, 2 bad input, 130 Ctrl-C and 143 SIGTERM (saved; the same command resumes),
+Exit codes: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM and 129 a closed terminal (saved; the same command resumes),
 141 nobody reads the output, as after `| head` (resumes from the last checkpoint).
 """
 

@@ -40,6 +40,7 @@ import importlib.util
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import signal
@@ -66,7 +67,6 @@ from tqdm import tqdm
 
 FORMAT_VERSION = 4  # of checkpoints and final models; 1 and 3 are read, too, but no trellis of theirs, which had other paths
 RECON_WEIGHT = 8.0  # of the mean squared error of [0, 1] images against the commitment loss
-REFINE_STEP = 0.7  # of the way that a pass of VQVAE.refined moves a latent
 
 
 class UserError(Exception):
@@ -88,9 +88,12 @@ class Interrupted(Exception):
 # Configuration
 
 
-def option(default, help, *, choices=None, low=None, high=math.inf):
-    """One setting: its default, its help text, its allowed values or, for a number, its range [low, high]."""
-    metadata = dict(help=help, choices=choices, low=low, high=high)
+def option(default, help, *, choices=None, low=None, high=math.inf, identity=True):
+    """One setting: its default, its help text, its allowed values or, for a number, its range [low, high].
+
+    identity: whether it decides a run's result, rather than where it runs or writes.
+    """
+    metadata = dict(help=help, choices=choices, low=low, high=high, identity=identity)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -104,8 +107,9 @@ class Config:
 
     # data
     dataset: str = option("cifar10", "data set", choices=("cifar10", "dead_leaves", "folder"))
-    data_dir: str = option("data", "where the data set is or will be downloaded to; for 'folder' the image folder")
-    cifar10_url: str | None = option(None, "download CIFAR-10 from this address instead of the built-in mirrors")
+    data_dir: str = option("data", "where the data set is or will be downloaded to; for 'folder' the image folder",
+                           identity=False)
+    cifar10_url: str | None = option(None, "download CIFAR-10 from this address instead of the built-in mirrors", identity=False)
     image_size: int = option(32, "pixels per side (cifar10 is always 32)", low=4, high=1024)
     train_subset: int | None = option(None, "use only the first N training images", low=1)
     test_subset: int | None = option(None, "use only the first N test images", low=1)
@@ -151,24 +155,31 @@ class Config:
     batch_size: int = option(128, "images per step, over all processes", low=1, high=1_000_000)
     lr: float = option(3e-3, "peak learning rate of AdamW (warm-up, then cosine decay to 0)", low=1e-9, high=1)
     seed: int = option(0, "seed of weights, data order and restarts", low=0, high=(1 << 31) - 1)
-    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N")
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N", identity=False)
     precision: str = option("auto", "of the networks, also in validation; quantizer and test are float32",
                             choices=("auto", "float32", "bfloat16"))
-    compile: bool = option(False, "torch.compile the networks")
-    deterministic: bool = option(False, "the same bits in every run on CUDA too (on a CPU they are, with as many threads)")
+    compile: bool = option(False, "torch.compile the networks", identity=False)
+    deterministic: bool = option(False, "the same bits in every run on CUDA too (on a CPU they are, with as many threads)",
+                                 identity=False)
     # run
-    name: str | None = option(None, "run name: results go to OUT_DIR/NAME (default: made from the quantizer and K)")
-    out_dir: str = option("experiments", "folder of all runs")
-    resume: bool = option(False, "insist on continuing an existing run (an unfinished one continues by itself)")
-    overwrite: bool = option(False, "delete an existing run of this name first")
-    wandb: bool = option(False, "also log to Weights & Biases (offline without a login)")
+    name: str | None = option(None, "run name: results go to OUT_DIR/NAME (default: made from the quantizer and K)",
+                              identity=False)
+    out_dir: str = option("experiments", "folder of all runs", identity=False)
+    resume: bool = option(False, "insist on continuing an existing run (an unfinished one continues by itself)",
+                          identity=False)
+    overwrite: bool = option(False, "delete an existing run of this name first", identity=False)
+    wandb: bool = option(False, "also log to Weights & Biases (offline without a login)", identity=False)
 
     def __post_init__(self):
         kinds = typing.get_type_hints(Config)
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, kinds[field.name], getattr(self, field.name)))
-        if self.name is None:
-            object.__setattr__(self, "name", f"{self.quantizer}_k{self.codebook_size}")
+        classical = self.quantizer == "vq_ema" and self.vq_recipe == "classical"
+        one_latent = self.image_size == self.downsample
+        self._settle("name", f"{self.quantizer}_k{self.codebook_size}")
+        self._settle("prediction", "none" if classical or self.metric == "cosine" or one_latent else "scaled")
+        self._settle("trellis", default_trellis(self))
+        self._settle("warmup_fraction", 0.0 if classical else 0.1)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
             raise UserError(f"name: {self.name!r} must be letters, digits, '.', '_' and '-', the first a letter or digit")
         if self.dataset == "cifar10" and self.image_size != 32:
@@ -179,30 +190,26 @@ class Config:
             raise UserError(f"image_size: {self.image_size} is not divisible by downsample {self.downsample}")
         if self.metric == "cosine" and self.latent_dim == 1:
             raise UserError("metric: cosine in one dimension knows only two directions; raise latent_dim or use euclid")
-        classical = self.quantizer == "vq_ema" and self.vq_recipe == "classical"
-        if self.prediction is None:
-            without = classical or self.metric == "cosine" or self.image_size == self.downsample
-            object.__setattr__(self, "prediction", "none" if without else "scaled")
         if self.prediction != "none" and self.metric == "cosine":
             raise UserError("prediction: differences have lengths, which cosine does not compare; use metric euclid")
-        if self.prediction != "none" and self.image_size == self.downsample:
+        if self.prediction != "none" and one_latent:
             raise UserError("prediction: an image of one latent has no neighbours to predict from; lower downsample")
-        if self.trellis is None:
-            object.__setattr__(self, "trellis", default_trellis(self))
-        if self.trellis != "none" and self.image_size == self.downsample:
+        if self.trellis != "none" and one_latent:
             raise UserError("trellis: an image of one latent has no path to choose; lower downsample")
         if self.codebook_size % trellis_base(self.states):
             raise UserError(f"trellis: with {self.states} states codebook_size {self.codebook_size} must be divisible by "
                             f"{trellis_base(self.states)}")
-        if self.ema_decay is None:
-            object.__setattr__(self, "ema_decay", default_ema_decay(self))
-        if self.warmup_fraction is None:
-            object.__setattr__(self, "warmup_fraction", 0.0 if classical else 0.1)
+        self._settle("ema_decay", default_ema_decay(self))
+
+    def _settle(self, name, default):
+        """Give a setting that is None its default."""
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, default)
 
     @property
     def states(self) -> int:
         """States of the trellis, 0 without one."""
-        return 0 if self.trellis is None or self.trellis == "none" else int(self.trellis)
+        return 0 if self.trellis in (None, "none") else int(self.trellis)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
@@ -251,6 +258,8 @@ def _checked(field, kind, value):
         raise UserError(f"{field.name}: this number has too many digits")
     if kind is float and (type(value) is int or value == "inf"):  # JSON has no infinity
         value = float(value)
+    if type(value) is int and str(value) in (field.metadata["choices"] or ()):  # YAML reads the text 16 as a number
+        value = str(value)
     if type(value) is not kind:
         hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if kind is float and isinstance(value, str) else ""
         if kind is str and type(value) in (int, float):
@@ -372,6 +381,14 @@ def pick_precision(precision: str, device: torch.device) -> tuple[torch.dtype, s
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16, "the CPU has it"
     return torch.float32, "no fast bfloat16 on this device"
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What figures were measured on, as keys of a record; another processor alone moves a run's PSNR by some 0.01 dB."""
+    cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []  # Linux has it
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else next(
+        (line.split(":")[1].strip() for line in cpus if "model name" in line), platform.processor() or "cpu")
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": sys.version.split()[0]}
 
 
 def keep_freed_memory():
@@ -596,8 +613,8 @@ def _softmax(logs):
 class Assignment(NamedTuple):
     """What one E-step leaves of the N x K matrix."""
 
-    indices: torch.Tensor     # (N,) nearest code, without the prior
-    stats: torch.Tensor       # (K, D + 1) sum over z of P(k|z) [z, 1]: centroid sums and counts
+    numbers: torch.Tensor     # (N,) of the nearest codes, without the prior
+    stats: torch.Tensor       # (codes, D + 1) sum over z of P(k|z) [z, 1]: centroid sums and counts
     score: torch.Tensor       # () sum over z of the nearest code's score: sum |z|^2 - 2 score is the distortion
     overlap: torch.Tensor     # () sum over z of 1 - sum_k P(k|z)^2: its mean is the sensitivity of prior_step
 
@@ -771,7 +788,7 @@ def _cheapest_subsets(best, length, weights):
 def _number_in(subsets, scores, states):
     """Number (n,) of the code with the largest of scores (n, codes) in subsets (n, 1); `states` equal parts are the subsets."""
     parts = scores.view(len(scores), states, -1)
-    inside = parts.gather(1, subsets[:, :, None].expand(-1, -1, parts.shape[2])).squeeze(1)  # (n, codes of a subset)
+    inside = parts[torch.arange(len(parts), device=parts.device), subsets.squeeze(1)]  # (n, codes of a subset)
     return subsets.squeeze(1) * parts.shape[2] + _best(inside)[1]
 
 
@@ -794,9 +811,8 @@ def nearest_path(z, codebook, length, states, weights):
 def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
     """`soft_assign` to codes (codes, D) of paths of `length` rows of z (N, D), where a row's distance counts weights (N,) times.
 
-    P of a path ~ the product of w_k exp(-weight d/temperature) of its codes. Returns Assignment: its indices are the codes'
-    numbers on the nearest paths, its score is weighted, its sums are not. The scores are computed twice, before the paths are
-    known and after.
+    P of a path ~ the product of w_k exp(-weight d/temperature) of its codes. Returns Assignment: its numbers are those of the
+    nearest paths, its score is weighted, its sums are not. The scores are computed twice, before the paths are known and after.
     """
     halves = _half_norms(codebook)
     best, log_sums = z.new_empty(2, len(z), states)  # of each subset: best score; log of its summed factors, relative to it
@@ -1127,16 +1143,16 @@ class BAQuantizer(Quantizer):
             batch = soft(z, self.codebook, self.log_w, tau)
             distortion = (squares.sum() - 2 * batch.score).clamp_min(0)
             scalars = torch.stack([distortion, batch.overlap, z.new_full((), float(len(z)))])
-            everything = all_reduce(torch.cat([batch.stats.flatten(), scalars]))
-            stats = everything[:-3].view_as(self.ema)
-            distortion, sensitivity = everything[-3:-1] / everything[-1]
+            sums = all_reduce(torch.cat([batch.stats.flatten(), scalars]))
+            stats = sums[:-3].view_as(self.ema)
+            distortion, sensitivity = sums[-3:-1] / sums[-1]
             counts = torch.lerp(self.ema[:, -1], stats[:, -1], 1 - self.ema_decay)  # (K,)
             # A gain that matches the window of the EMA it reads: damped oscillations at worst.
             step = min(1.0, 2 * (1 - self.ema_decay))
             sensitivity = sensitivity.clamp_min(0.01)
             self.log_w.copy_(prior_step(self.log_w, counts / counts.sum(), self.entropy_weight, step, sensitivity))
         self.distortion.lerp_(distortion, 1 - self.ema_decay)
-        return batch.indices, stats
+        return batch.numbers, stats
 
     def update(self, z, stats):
         """Codes are the EMA of the soft centroids E[P(k|z) z] / q_k; a dead one also gets the average log prior."""
@@ -1311,6 +1327,9 @@ def live_directions(covariance: torch.Tensor, bits: float) -> torch.Tensor:
 # Autoencoder
 
 
+REFINE_STEP = 0.7  # of the way that a pass of VQVAE.refined moves a latent
+
+
 class Reconstruction(NamedTuple):
     """What VQVAE.forward returns."""
 
@@ -1344,10 +1363,10 @@ class VQVAE(nn.Module):
         """
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % self.downsample or x.shape[3] % self.downsample:
             raise ValueError(f"expected images (B, 3, S, S), S divisible by {self.downsample}, got {tuple(x.shape)}")
-        z = self._compared(self.encoder(2 * x - 1))
-        return self._compared(self.refined(z, x, refine)) if refine else z
+        z = self._normalized(self.encoder(2 * x - 1))
+        return self._normalized(self.refined(z, x, refine)) if refine else z
 
-    def _compared(self, z):
+    def _normalized(self, z):
         """Latents z (B, D, H, W) as quantizer and decoder see them, warm-up included: for cosine unit vectors."""
         return F.normalize(z.float(), dim=1) if getattr(self.quantizer, "metric", "euclid") == "cosine" else z
 
@@ -1358,8 +1377,8 @@ class VQVAE(nn.Module):
         The distortion that counts is the image's, sum |decoder(e) - x|^2, with gradient g and curvature h. To second order around
         the codes e in use, the best codes are those nearest to e - g / h. h is taken as |g| / |e - z|, one for each image, in
         the live directions of the codebook, since in the others no choice of codes can follow. A pass moves every second latent
-        0.7 of the way there from z: neighbours overlap in the image, so they take turns. That is a guess, so for each image
-        the latents with the least error are returned, those before the first pass among them.
+        by REFINE_STEP of the way there from z: neighbours overlap in the image, so they take turns. That is a guess, so for each
+        image the latents with the least error are returned, those before the first pass among them.
         Not differentiable, and meant for eval mode: training with it makes the encoder lean on it, until perplexity and PSNR
         fall (results/LOG.md). Needs a quantizer of this module.
         """
@@ -1491,6 +1510,16 @@ def _only_https(url):
         raise ValueError(f"only https is allowed, not {url}")
 
 
+def _flock(file, folder, wait=True):
+    """Lock a file for this process. Raises UserError where the file system has no locks, BlockingIOError where it is taken."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise UserError(f"{folder}: its file system has no locks ({error.strerror}); choose a folder on another one") from error
+
+
 def _cifar10(config, train):
     """Official CIFAR-10, checked by md5, downloaded where it is missing."""
     import torchvision  # not above: importing it takes as long as PyTorch, and few calls need it
@@ -1511,7 +1540,7 @@ def _cifar10(config, train):
     except OSError as error:
         raise UserError(f"data_dir: cannot write to {root} ({error.strerror}); choose another --data_dir") from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together download once
+        _flock(lock, root)  # processes that start together download once
         with contextlib.suppress(RuntimeError):
             return load()  # another was first
         if not torchvision.datasets.utils.check_integrity(archive, CIFAR10_MD5):
@@ -1536,7 +1565,7 @@ def dead_leaves(count: int, size: int, seed: int) -> torch.Tensor:
     radii = torch.linspace(1, size, 4096)
     weights = radii ** -3 * (size + 2 * radii) ** 2  # chance that a disc of radius r touches the window
     grid = torch.arange(size) + 0.5
-    images = []
+    images = torch.empty(count, size, size, 3, dtype=torch.uint8)
     for start in range(0, count, block):
         n = min(block, count - start)
         r = radii[torch.multinomial(weights, n * discs, replacement=True, generator=generator)].view(discs, n, 1, 1)
@@ -1548,16 +1577,15 @@ def dead_leaves(count: int, size: int, seed: int) -> torch.Tensor:
         for i in range(discs - 1, -1, -1):
             top.masked_fill_(columns[i] < rows[i], i)
         color = (color.clamp(0, 1) * 255).round().byte()
-        images.append(color[top.long(), torch.arange(n)[:, None, None]])  # (n, S, S, 3)
-    return torch.cat(images)
+        images[start:start + n] = color[top.long(), torch.arange(n)[:, None, None]]  # (n, S, S, 3)
+    return images
 
 
 def _folder(config, train):
-    """Images below data_dir/train and data_dir/test, or below data_dir with about a tenth for the test.
+    """Paths of the images below data_dir/train or data_dir/test, or below data_dir with about a tenth for the test.
 
     The hash of an image's path says where it belongs, so one that was trained on stays there when the folder grows.
     """
-    import torchvision  # not above, as in _cifar10
     root = Path(config.data_dir)
     split = root / ("train" if train else "test")
     has_splits = os.path.isdir(root / "train") and os.path.isdir(root / "test")
@@ -1572,19 +1600,25 @@ def _folder(config, train):
         paths = [path for path in paths if (places[path][0] < 26) != train]  # 26 of 256
     if not paths:
         raise UserError(f"data_dir: too few images below {base} (found none for {'training' if train else 'the test'})")
+    return paths
+
+
+def _decoded(paths, size):
+    """Images uint8 (N, S, S, 3) of paths: their middle, in this size. Raises UserError."""
+    import torchvision  # not above, as in _cifar10
     resize = torchvision.transforms.Compose([
-        torchvision.transforms.Resize(config.image_size, antialias=True),
-        torchvision.transforms.CenterCrop(config.image_size)])
-    images = []
-    for path in tqdm(paths, desc=f"reading {base}", disable=None):
+        torchvision.transforms.Resize(size, antialias=True),
+        torchvision.transforms.CenterCrop(size)])
+    images = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
+    for i, path in enumerate(tqdm(paths, desc="reading images", disable=None)):
         try:
             with Image.open(path) as image:
                 if image.mode[0] in "IF":  # Pillow would clip these to white
                     raise ValueError(f"mode {image.mode}, more than 8 bits per pixel; convert it to 8 bits")
-                images.append(np.asarray(resize(image.convert("RGB"))))
+                images[i] = torch.from_numpy(np.array(resize(image.convert("RGB"))))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{path}: cannot read this image ({error}); repair or remove it") from error
-    return torch.from_numpy(np.stack(images))
+    return images
 
 
 def _files_below(base):
@@ -1601,7 +1635,8 @@ def _files_below(base):
         yield from (Path(folder, name) for name in names)
 
 
-def _read_images(config, train):
+def _whole_set(config, train):
+    """Images uint8 (N, S, S, 3); of a folder only their paths, since reading takes long and few may be wanted."""
     if config.dataset == "cifar10":
         return _cifar10(config, train)
     if config.dataset == "dead_leaves":
@@ -1609,10 +1644,14 @@ def _read_images(config, train):
     return _folder(config, train)
 
 
-def _first(images, count, setting):
+def _at_most(images, count, setting):
     if count is not None and count > len(images):
         raise UserError(f"{setting}: {count} is more than the {len(images)} images there are")
     return images[:count]
+
+
+def _read(images, config):
+    return _decoded(images, config.image_size) if config.dataset == "folder" else images
 
 
 def training_images(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1620,16 +1659,16 @@ def training_images(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
 
     The validation images are the last val_size of the training set, never trained on.
     """
-    images = _read_images(config, train=True)
+    images = _whole_set(config, train=True)
     cut = len(images) - config.val_size
     if cut <= 0:
         raise UserError(f"val_size: {config.val_size} leaves nothing of {len(images)} training images; lower it")
-    return _first(images[:cut], config.train_subset, "train_subset"), images[cut:]
+    return _read(_at_most(images[:cut], config.train_subset, "train_subset"), config), _read(images[cut:], config)
 
 
 def test_images(config: Config) -> torch.Tensor:
     """Test images, uint8 (N, S, S, 3) on the CPU. Raises UserError."""
-    return _first(_read_images(config, train=False), config.test_subset, "test_subset")
+    return _read(_at_most(_whole_set(config, train=False), config.test_subset, "test_subset"), config)
 
 
 def memory_format(device):
@@ -1793,8 +1832,6 @@ def _autocast(device, dtype):
 # ----------------------------------------------------------------------------------------
 # Run folders and checkpoints
 
-NOT_IDENTITY = {"data_dir", "cifar10_url", "device", "out_dir", "name", "resume", "overwrite", "wandb", "compile",
-                "deterministic"}
 CHECKPOINT_NAME = re.compile(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pt")
 
 
@@ -1939,8 +1976,9 @@ def stored_config(values: dict) -> Config:
 
 def identity(config: Config) -> dict:
     """The settings that decide a run's result (not where it runs or writes); a folder of images is one."""
-    without = NOT_IDENTITY - {"data_dir"} if config.dataset == "folder" else NOT_IDENTITY
-    return {key: value for key, value in config.to_dict().items() if key not in without}
+    names = {field.name for field in dataclasses.fields(config) if field.metadata["identity"]}
+    names |= {"data_dir"} if config.dataset == "folder" else set()
+    return {key: value for key, value in config.to_dict().items() if key in names}
 
 
 def check_run_folder(config):
@@ -1990,8 +2028,8 @@ def locked(folder):
         raise UserError(f"{folder}: cannot write here ({error.strerror}); choose another --out_dir") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            _flock(file, folder, wait=False)
+        except BlockingIOError as error:
             raise UserError(f"{folder}: another process is training this run; wait for it or choose another --name") from error
         yield
 
@@ -2025,11 +2063,11 @@ def model_state(model, config):
     return {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(), **peer_of(model.quantizer)}
 
 
-def save_checkpoint(folder, model, optimizer, config, step, losses, histogram, seconds, images):
+def save_checkpoint(folder, model, optimizer, config, step, losses, histogram, seconds, images_digest):
     """Write a checkpoint after `step` steps; keep the newest two.
 
     Losses (steps of an epoch, 2) and histogram of the unfinished epoch are those of all processes; seconds: spent in it so far;
-    images: digest of those that are trained on.
+    images_digest: of those that are trained on.
     """
     losses, histogram = all_reduce(losses.clone()) / world_size(), all_reduce(histogram.clone())
     if rank() != 0:
@@ -2037,7 +2075,7 @@ def save_checkpoint(folder, model, optimizer, config, step, losses, histogram, s
     epochs, steps = divmod(step, len(losses))
     name = f"checkpoint_epoch_{epochs:04d}" + (f"_step_{steps:07d}" if steps else "")
     state = {**model_state(model, config), "optimizer": optimizer.state_dict(), "step": step, "losses": losses,
-             "histogram": histogram, "seconds": seconds, "images": images}
+             "histogram": histogram, "seconds": seconds, "images": images_digest}
     atomic_write(folder / f"{name}.pt", lambda file: torch.save(state, file))
     for old in checkpoints(folder)[:-2]:
         old.unlink()
@@ -2217,12 +2255,13 @@ def check_finite(losses, first_step, model):
 
 
 class _Signals:
-    """Context in which SIGINT and SIGTERM only set `received`, for the loop to end cleanly."""
+    """Context in which SIGINT, SIGTERM and SIGHUP only set `received`, for the loop to end cleanly."""
 
     def __enter__(self):
         self.received, self.previous = None, {}
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]  # nohup wants it ignored
+            for signum in (signal.SIGINT, signal.SIGTERM, *hangup):
                 self.previous[signum] = signal.signal(signum, self._handle)
         return self
 
@@ -2230,18 +2269,18 @@ class _Signals:
         self.received = signum
 
     def release(self):
-        """Give both signals their usual effect again."""
+        """Give the signals their usual effect again."""
         while self.previous:
             signal.signal(*self.previous.popitem())
 
     def __exit__(self, *_):
         self.release()
 
-    def agreed(self, step):
-        """The signal received, by any process; with several processes asked every 20 steps."""
+    def agreed(self, step, now=False):
+        """The signal received, by any process; with several processes asked every 20 steps, or now."""
         if not dist.is_initialized():
             return self.received
-        if step % 20:
+        if step % 20 and not now:
             return None
         signum = torch.tensor(self.received or 0)
         dist.all_reduce(signum, dist.ReduceOp.MAX)
@@ -2286,7 +2325,7 @@ def start_processes(device: str = "auto"):
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ) and not dist.is_initialized():
         on_gpus = torch.cuda.is_available() and device != "cpu"
         if on_gpus:
-            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             if local >= gpus:
                 raise UserError(f"a process for each GPU, of which there are {gpus} here; lower --nproc_per_node")
             torch.cuda.set_device(local)
@@ -2300,8 +2339,8 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     config: Config.  quantizer: a module to use in place of the one that config describes (peers).
     Everything goes to out_dir/name. An unfinished run of the same config is continued from its newest
     checkpoint; a finished one is returned as it is. On the CPU this process keeps freed memory from
-    then on (`keep_freed_memory`). Raises UserError, or Interrupted after Ctrl-C or SIGTERM (the state
-    is saved; the same call resumes), or where nobody reads its output (as of the last checkpoint).
+    then on (`keep_freed_memory`). Raises UserError, or Interrupted after Ctrl-C, SIGTERM or SIGHUP (the
+    state is saved; the same call resumes), or where nobody reads its output (as of the last checkpoint).
     """
     start_processes(config.device)
     folder = check_run_folder(config)
@@ -2321,7 +2360,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
 
     train_set, val_set = training_images(config)
     test_set = test_images(config)
-    images = digest([train_set, val_set])
+    images_digest = digest([train_set, val_set])
     train_set = train_set.to(device)
     if config.batch_size > len(train_set):
         raise UserError(f"batch_size: {config.batch_size} is more than the {len(train_set)} training images; lower it")
@@ -2340,7 +2379,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
         model.decoder.compile()
 
     with locked(folder), _deterministic(config.deterministic), _Signals() as signals:
-        step, losses, histogram, spent = restore(config, folder, model, optimizer, steps_per_epoch, images)
+        step, losses, histogram, spent = restore(config, folder, model, optimizer, steps_per_epoch, images_digest)
         wandb_run = start_wandb(config, folder)
         share = config.batch_size // world_size()  # images of a step for each process
         set_progress = getattr(model.quantizer, "set_progress", lambda progress: None)
@@ -2370,22 +2409,26 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
 
             check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
             spent = time.perf_counter() - began  # check_finite has waited for the device
+            report = None
             if i + 1 == steps_per_epoch:
                 record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
+                timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": spent,
+                          "images_per_second": steps_per_epoch * config.batch_size / spent}
                 if rank() == 0:
-                    timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": spent,
-                              "images_per_second": steps_per_epoch * config.batch_size / spent}
-                    report_epoch(config, folder, record, timing, wandb_run)
+                    log_epoch(folder, record, timing, wandb_run)
+                report = epoch_line(config, record, timing)
                 losses.zero_()
                 histogram.zero_()
                 spent = 0.0
-            save_checkpoint(folder, model, optimizer, config, step, losses, histogram, spent, images)
-            signum = signum or signals.agreed(0)
+            save_checkpoint(folder, model, optimizer, config, step, losses, histogram, spent, images_digest)
+            if report:  # only now: where nobody reads it, the epoch is kept
+                say(report)
+            signum = signum or signals.agreed(step, now=True)
             if signum:
                 raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
 
         signals.release()  # training is saved, so Ctrl-C may stop what follows at once
-        metrics = finish_run(config, folder, model, train_set, test_set) if rank() == 0 else {}
+        metrics = finish_run(config, folder, model, train_set, test_set, dtype) if rank() == 0 else {}
         if dist.is_initialized():
             dist.barrier()
         if wandb_run:
@@ -2394,7 +2437,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
         return metrics
 
 
-def restore(config, folder, model, optimizer, steps_per_epoch, images):
+def restore(config, folder, model, optimizer, steps_per_epoch, images_digest):
     """Continue from the newest checkpoint, if any: (step, this epoch's losses (steps, 2), code histogram, seconds).
 
     Raises UserError where the checkpoint is damaged or of another quantizer or other images (by their digest), or there is none
@@ -2419,7 +2462,7 @@ def restore(config, folder, model, optimizer, steps_per_epoch, images):
         load_state(model, state, saved[-1])
         if not {"optimizer", "step", "losses", "histogram"} <= set(state):
             raise UserError(f"{saved[-1]}: is no checkpoint of training; remove it")
-        if len(state["losses"]) != steps_per_epoch or state.get("images", images) != images:  # none in earlier versions
+        if len(state["losses"]) != steps_per_epoch or state.get("images", images_digest) != images_digest:  # none in old ones
             raise UserError(f"{folder}: the images have changed since it began; bring the old ones back or choose another --name")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})  # settings as on this device
         step, seconds = state["step"], state.get("seconds", 0.0)  # none in earlier versions
@@ -2467,23 +2510,26 @@ def epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype):
     return record
 
 
-def report_epoch(config, folder, record, timing, wandb_run):
-    """Print the epoch's line and append it to the logs."""
+def epoch_line(config, record, timing):
+    """What is printed of an epoch."""
     split = "val" if "val_psnr" in record else "train"
     quality = record["val_psnr"] if split == "val" else psnr(record["recon_loss"]).item()
     codes = "warm-up, no codes yet"
     if f"{split}_perplexity" in record:
         codes = f"perplexity {record[f'{split}_perplexity']:.1f}  usage {record[f'{split}_usage_rate']:.1%}"
-    say(f"epoch {record['epoch']}/{config.epochs}  recon {record['recon_loss']:.5f}  "
-        f"commit {record['commitment_loss']:.5f}  {split} psnr {quality:.2f} dB  {codes}  "
-        f"{timing['images_per_second']:.0f} img/s")
+    return (f"epoch {record['epoch']}/{config.epochs}  recon {record['recon_loss']:.5f}  "
+            f"commit {record['commitment_loss']:.5f}  {split} psnr {quality:.2f} dB  {codes}  "
+            f"{timing['images_per_second']:.0f} img/s")
+
+
+def log_epoch(folder, record, timing, wandb_run):
     append_json_line(folder / "metrics.jsonl", record)
     append_json_line(folder / "timing.jsonl", timing)
     if wandb_run:
         wandb_run.log({**record, **timing}, step=record["step"])
 
 
-def finish_run(config, folder, model, train_set, test_set):
+def finish_run(config, folder, model, train_set, test_set, dtype):
     """Test the trained model once and write final_model.pt, the pictures and, last, final_metrics.json."""
     say(f"testing on {len(test_set)} images")
     histogram = empty_histogram(model, config.codebook_size)
@@ -2492,7 +2538,7 @@ def finish_run(config, folder, model, train_set, test_set):
     metrics.update(usage_rate_train=on_train["usage_rate"], perplexity_train=on_train["perplexity"],
                    perplexity_share=metrics["perplexity"] / config.codebook_size,
                    parameters=sum(p.numel() for p in model.parameters()), seed=config.seed, config=config.to_dict(),
-                   **peer_of(model.quantizer))
+                   **machine(train_set.device), precision=str(dtype)[6:], **peer_of(model.quantizer))
     atomic_write(folder / "final_model.pt", lambda file: torch.save(model_state(model, config), file))
     write_pictures(folder, model, test_set, config, metrics, histogram)
     write_json(folder / "final_metrics.json", metrics)
@@ -2504,6 +2550,12 @@ def finish_run(config, folder, model, train_set, test_set):
     return metrics
 
 
+def complain(message):
+    """A line on standard error, which may be gone as standard output was."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+
+
 def run_command(main):
     """Exit code of a script: one line on standard error and 2 for bad input, 128 + signal when stopped."""
     try:
@@ -2513,31 +2565,31 @@ def run_command(main):
             dist.destroy_process_group()
         return code
     except UserError as error:
-        print("error:", str(error).replace("\n", " "), file=sys.stderr)
+        complain("error: " + str(error).replace("\n", " "))
         return 2
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        complain(stop)
         return 128 + stop.signum
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        complain("stopped")
         return 130
     except BrokenPipeError:
         forget_output()
-        print("stopped, since nobody reads the output", file=sys.stderr)
+        complain("stopped, since nobody reads the output")
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
             raise
         forget_output()
-        print(f"error: standard output: cannot write ({error.strerror}); free some space or write elsewhere, then give the "
-              "command again", file=sys.stderr)
+        complain(f"error: standard output: cannot write ({error.strerror}); free some space or write elsewhere, then give the "
+                 "command again")
         return 2
     except (MemoryError, RuntimeError) as error:
         reason = str(error).replace("\n", " ").split(". ")[0]
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            print(f"error: compile: PyTorch cannot compile the networks here; drop --compile ({reason})", file=sys.stderr)
+            complain(f"error: compile: PyTorch cannot compile the networks here; drop --compile ({reason})")
             return 2
         if isinstance(error, RuntimeError) and not re.search("out of memory|(allocate|enough) memory|ALLOC_FAILED", str(error)):
             raise
-        print(f"error: out of memory: lower --batch_size, --hidden_dim or --codebook_size ({reason})", file=sys.stderr)
+        complain(f"error: out of memory: lower --batch_size, --hidden_dim or --codebook_size ({reason})")
         return 2

@@ -36,7 +36,6 @@ from matplotlib.figure import Figure
 
 import analysis
 import peers
-import quantizer_step
 import vqvae
 
 CLASSICAL = ["--quantizer", "vq_ema", "--vq_recipe", "classical"]
@@ -142,11 +141,9 @@ def run(method, size, dim, seed, extra, threads):
         metrics.update({f"refined_{key}": refined[key] for key in ("psnr", "perplexity", "usage_rate")})
     timing = [json.loads(line) for line in (Path(config.out_dir) / name / "timing.jsonl").read_text().splitlines()]
     command = f"python benchmarks/compare.py --methods {method} --codebook_sizes {size} --latent_dims {dim} --seeds {seed}"
-    precision = str(vqvae.pick_precision(config.precision, device)[0])[6:]
-    versions = {**quantizer_step.machine(device), "precision": precision}  # they move a run by some 0.01 dB
     if method.startswith("lib_"):
-        versions["vector_quantize_pytorch"] = importlib.metadata.version("vector-quantize-pytorch")
-    vqvae.write_json(target, {"method": method, "command": " ".join([command, *extra]), **versions,
+        metrics["vector_quantize_pytorch"] = importlib.metadata.version("vector-quantize-pytorch")
+    vqvae.write_json(target, {"method": method, "command": " ".join([command, *extra]),
                               "seconds": sum(line["seconds"] for line in timing), **metrics})
     return f"{name}: PSNR {metrics['psnr']:.3f} dB, perplexity {metrics['perplexity']:.1f}"
 

@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -39,14 +38,6 @@ RESULTS = ROOT / "results" / "speed"
 METHODS = ("vq_ema", "ba_vq", "lib_ema", "lib_simvq")
 WITH_FUSED = ("vq_ema", "ba_vq_chunked", "ba_vq_fused")  # both E-steps by name; ba_vq has that of training
 PEER_MATRICES = 6  # N x K float32 matrices that the peers hold at once: skipped where these do not fit
-
-
-def machine(device):
-    """What the figures were measured on."""
-    cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []  # Linux has it
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else next(
-        (line.split(":")[1].strip() for line in cpus if "model name" in line), platform.processor() or "cpu")
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": sys.version.split()[0]}
 
 
 def synchronize(device):
@@ -239,7 +230,7 @@ def main(argv=None):
     what = ("memory" if options.memory else "step") + ("_fused" if options.fused else "")
     RESULTS.mkdir(parents=True, exist_ok=True)
     vqvae.write_json(RESULTS / f"quantizer_{what}_{device.type}.json",
-                     {"machine": machine(device), "rates": rates, "argv": argv or sys.argv[1:], "records": records})
+                     {"machine": vqvae.machine(device), "rates": rates, "argv": argv or sys.argv[1:], "records": records})
     print(memory_table(records, e_step) if options.memory else f"{rates_line(rates)}\n\n{time_table(records, methods)}")
 
 

@@ -204,7 +204,7 @@ def main(argv=None):
             return
         RESULTS.mkdir(parents=True, exist_ok=True)
         vqvae.write_json(RESULTS / f"scaling_{device.type}.json", {
-            "machine": quantizer_step.machine(device), "rates": quantizer_step.machine_rates(device), "methods": options.methods,
+            "machine": vqvae.machine(device), "rates": quantizer_step.machine_rates(device), "methods": options.methods,
             "base": BASE, "argv": argv or sys.argv[1:], "records": records})
     vqvae.write_text(RESULTS.parent / "scaling.md", summary())
     print("wrote results/scaling.md")

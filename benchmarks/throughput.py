@@ -31,7 +31,7 @@ import torchvision.transforms as T
 from torch.utils.flop_counter import FlopCounterMode
 
 import vqvae
-from quantizer_step import RESULTS, floor_seconds, machine, machine_rates, rates_line, seconds
+from quantizer_step import RESULTS, floor_seconds, machine_rates, rates_line, seconds
 
 
 class OneHotEMA(torch.nn.Module):
@@ -212,7 +212,7 @@ def main(argv=None):
     RESULTS.mkdir(parents=True, exist_ok=True)
     size = f"h{config.hidden_dim}x{config.res_blocks}_d{config.latent_dim}_k{config.codebook_size}_b{config.batch_size}"
     vqvae.write_json(RESULTS / f"throughput_{device.type}_{size}.json", {
-        "machine": machine(device), "config": config.to_dict(), "images_per_second": rate, "ratios": ratios, "floor": floor,
+        "machine": vqvae.machine(device), "config": config.to_dict(), "images_per_second": rate, "ratios": ratios, "floor": floor,
         "raw": times})
     for part in ("network", "quantizer"):
         print(f"floor of the {part}: {floor['seconds'][part] * 1e3:.3g} ms a step; {rates_line(floor[f'{part}_rates'])}")

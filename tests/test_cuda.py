@@ -26,8 +26,8 @@ def test_e_step_agrees_with_the_cpu(n, k, d):
     temperature = torch.tensor(0.05 * d)
     here = vqvae.soft_assign(z.double(), codebook.double(), log_w.double(), temperature.double())
     there = vqvae.soft_assign(z.cuda(), codebook.cuda(), log_w.cuda(), temperature.cuda())
-    differ = (there.indices.cpu() != here.indices).nonzero().squeeze(1)
-    chosen = [(z[differ] - codebook[i[differ]]).square().sum(1) for i in (there.indices.cpu(), here.indices)]
+    differ = (there.numbers.cpu() != here.numbers).nonzero().squeeze(1)
+    chosen = [(z[differ] - codebook[i[differ]]).square().sum(1) for i in (there.numbers.cpu(), here.numbers)]
     assert len(differ) < n / 1000 and torch.allclose(*chosen, rtol=1e-4)  # ties within rounding only
     assert torch.allclose(there.stats[:, -1].cpu().double(), here.stats[:, -1], rtol=1e-3, atol=1e-4)
     assert torch.allclose(there.score.cpu().double(), here.score, rtol=1e-4)
@@ -48,8 +48,8 @@ def test_the_fused_e_step_agrees_with_the_chunked_one(n, k, d, temperature):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(one, two) for one, two in zip(fused, again))  # no atomics
-    differ = fused.indices != chunked.indices
-    distances = [(z - codebook[i])[differ].double().square().sum(1) for i in (fused.indices, chunked.indices)]
+    differ = fused.numbers != chunked.numbers
+    distances = [(z - codebook[i])[differ].double().square().sum(1) for i in (fused.numbers, chunked.numbers)]
     assert differ.sum() < n / 1000 and torch.allclose(*distances, rtol=1e-4)  # ties within rounding only
     assert (fused.stats[:, -1] - chunked.stats[:, -1]).abs().sum() < 1e-4 * n
     assert torch.allclose(fused.stats[:, -1], chunked.stats[:, -1], rtol=1e-3, atol=1e-4)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import http.server
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -109,6 +110,22 @@ def test_a_link_to_no_image_is_named(tmp_path):
     (tmp_path / "train" / "lost.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(UserError, match="lost.png: cannot read this image"):
         vqvae.training_images(folder_config(tmp_path, val_size=0))
+
+
+def test_images_of_a_folder_that_are_not_wanted_are_not_read(tmp_path):
+    for split, name in itertools.product(("train", "test"), range(6)):
+        save(tmp_path / split / f"{name}.png", np.full((4, 4, 3), name, np.uint8))
+    config = folder_config(tmp_path, val_size=2, train_subset=1, test_subset=2)
+    train, val, test = *vqvae.training_images(config), vqvae.test_images(config)
+    assert len(train) == 1 and len(val) == len(test) == 2 and train.dtype == torch.uint8
+    wanted = {"train": [*train, *val], "test": test}
+    for split, images in wanted.items():
+        for name in {*range(6)} - {image[0, 0, 0].item() for image in images}:
+            (tmp_path / split / f"{name}.png").write_bytes(b"damaged")
+    again = *vqvae.training_images(config), vqvae.test_images(config)
+    assert all(torch.equal(one, two) for one, two in zip((train, val, test), again))
+    with pytest.raises(UserError, match="cannot read this image"):
+        vqvae.test_images(folder_config(tmp_path))
 
 
 def test_linked_folders_are_read_but_not_twice(tmp_path):

@@ -33,7 +33,7 @@ def test_chunked_e_step_equals_the_dense_one(monkeypatch, chunk, prior):
     z, codebook, log_w = torch.randn(50, 3), torch.randn(7, 3), prior * torch.randn(7)
     got = soft_assign(z, codebook, log_w, torch.tensor(0.5))
     indices, stats, distortion = dense_assignment(z.double(), codebook.double(), log_w.double(), 0.5)
-    assert torch.equal(got.indices, indices)
+    assert torch.equal(got.numbers, indices)
     assert torch.allclose(got.stats.double(), stats, atol=1e-4)
     assert torch.allclose(z.double().square().sum() - 2 * got.score.double(), distortion, rtol=1e-5)
     assert torch.equal(nearest_code(z, codebook), indices)
@@ -511,7 +511,7 @@ def test_streaming_equals_dense_and_marginals_sum_to_one(seed, n, k, d, chunk, l
     indices, stats, distortion = dense_assignment(z.double(), codebook.double(), log_w.double(), temperature.double())
     distances = torch.cdist(z.double(), codebook.double()).square() / scale ** 2
     rows = torch.arange(n)
-    assert torch.allclose(distances[rows, got.indices], distances[rows, indices], atol=1e-4)  # ties within rounding
+    assert torch.allclose(distances[rows, got.numbers], distances[rows, indices], atol=1e-4)  # ties within rounding
     assert (z.square().sum() - 2 * got.score).item() == pytest.approx(distortion.item(), rel=1e-4, abs=1e-4 * n * scale ** 2)
     if log_temperature > -2:  # below, rounding decides between nearly equal codes
         assert torch.allclose(got.stats[:, -1].double(), stats[:, -1], atol=2e-2, rtol=1e-3)
@@ -554,7 +554,7 @@ def test_permuting_the_codes_permutes_everything(seed):
     order = torch.randperm(6)
     one = soft_assign(z, codebook, log_w, torch.tensor(0.7))
     two = soft_assign(z, codebook[order], log_w[order], torch.tensor(0.7))
-    assert torch.equal(order[two.indices], one.indices)
+    assert torch.equal(order[two.numbers], one.numbers)
     assert torch.allclose(two.stats, one.stats[order], atol=1e-5)
     assert one.stats[:, -1].sum().item() == pytest.approx(30, rel=1e-5)
 

@@ -319,7 +319,11 @@ def test_a_run_that_cannot_be_shown_leaves_no_picture(tiny_config):
         analysis.main([str(folder / "good"), str(folder / "bad")])
     record = json.loads((folder / "bad" / "final_metrics.json").read_text())
     (folder / "bad" / "final_metrics.json").write_text(json.dumps({**record, "perplexity": "x"}))
-    with pytest.raises(vqvae.UserError, match="no finished run here"):
+    with pytest.raises(vqvae.UserError, match="no finished run of this version"):
+        analysis.main([str(folder / "good"), str(folder / "bad")])
+    values = {**record, "config": {**record["config"], "of_another_version": 1}}
+    (folder / "bad" / "final_metrics.json").write_text(json.dumps(values))
+    with pytest.raises(vqvae.UserError, match="bad/final_metrics.json: .*unknown setting 'of_another_version'"):
         analysis.main([str(folder / "good"), str(folder / "bad")])
     assert not list(folder.glob("*.png"))
 

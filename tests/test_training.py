@@ -1,5 +1,6 @@
 """The training loop: artefacts, learning, resuming bit for bit, refusing what would lose work."""
 
+import errno
 import itertools
 import json
 import os
@@ -373,6 +374,54 @@ def test_a_signal_in_the_last_step_is_heard(tiny_config, monkeypatch):
     with pytest.raises(vqvae.Interrupted, match="step 12 of 12"):
         vqvae.train(tiny_config())
     assert vqvae.train(tiny_config())["num_images"] == 40 and calls[0] == 12
+
+
+def test_a_hang_up_stops_a_run_but_not_under_nohup(tiny_config, monkeypatch):
+    real_step = vqvae.train_step
+
+    def interrupted_step(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return real_step(*arguments, **options)
+
+    monkeypatch.setattr(vqvae, "train_step", interrupted_step)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(vqvae.Interrupted, match="step 1 of") as stop:
+            vqvae.train(tiny_config())
+        assert stop.value.signum == signal.SIGHUP and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert vqvae.train(tiny_config())["num_images"] == 40
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_epoch_is_kept_where_its_line_cannot_be_printed(tiny_config, monkeypatch):
+    def say(message):
+        if message.startswith("epoch 1/"):
+            raise vqvae.Interrupted("nobody reads", signal.SIGPIPE)
+
+    with monkeypatch.context() as patch, pytest.raises(vqvae.Interrupted):
+        patch.setattr(vqvae, "say", say)
+        vqvae.train(tiny_config(epochs=2))
+    folder = vqvae.Path(tiny_config().out_dir) / "tiny"
+    assert [path.name for path in vqvae.checkpoints(folder)] == ["checkpoint_epoch_0001.pt"]
+    vqvae.train(tiny_config(epochs=2))
+    assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_file_system_without_locks_is_named(tiny_config, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(vqvae.fcntl, "flock", flock)
+    with pytest.raises(vqvae.UserError, match="no locks .*choose a folder on another one"):
+        vqvae.train(tiny_config())
+
+
+def test_the_metrics_say_what_they_were_measured_on(tiny_config):
+    metrics = vqvae.train(tiny_config())
+    assert metrics["torch"] == torch.__version__ and metrics["threads"] == torch.get_num_threads()
+    assert metrics["device"] and metrics["precision"] in ("float32", "bfloat16")
 
 
 def test_the_seed_is_in_every_artefact(tiny_config, monkeypatch, capsys):

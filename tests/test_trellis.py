@@ -97,7 +97,7 @@ def test_soft_assignments_by_hand(temperature, prior, base, size, length):
         nearest += [best[PLACES[length].index(place)] for place in range(length)]
     temperature = torch.tensor(temperature, dtype=torch.float64)
     got = vqvae.soft_assign_paths(z, codebook, log_w, temperature, length, base**2, weights)
-    assert got.indices.tolist() == nearest == vqvae.nearest_path(z, codebook, length, base**2, weights).tolist()
+    assert got.numbers.tolist() == nearest == vqvae.nearest_path(z, codebook, length, base**2, weights).tolist()
     assert torch.allclose(got.stats, torch.cat([P.T @ z, P.sum(0)[:, None]], 1))
     assert torch.allclose(got.overlap, len(z) - P.square().sum())
     distortion = distances[torch.arange(len(z)), torch.tensor(nearest)].sum()
@@ -112,7 +112,7 @@ def test_soft_assignments_are_finite_at_any_temperature(temperature, log_w, subs
     got = vqvae.soft_assign_paths(z, torch.randn(64, 3), log_w, torch.tensor(temperature), 8, subsets, torch.rand(24))
     assert got.stats.isfinite().all() and got.stats[:, -1].sum().item() == pytest.approx(24, rel=1e-4)
     if temperature == 1e-30 and not log_w.any():
-        assert torch.equal(got.stats[:, -1].round(), torch.bincount(got.indices, minlength=64).float())
+        assert torch.equal(got.stats[:, -1].round(), torch.bincount(got.numbers, minlength=64).float())
 
 
 @pytest.mark.parametrize("subsets", [4, 16, 64])
@@ -121,8 +121,8 @@ def test_chunks_change_nothing(subsets):
     whole = vqvae.soft_assign_paths(z, codebook, log_w, torch.tensor(0.5), 32, subsets, weights)
     parts = [vqvae.soft_assign_paths(part, codebook, log_w, torch.tensor(0.5), 32, subsets, some)
              for part, some in zip(z.split(320), weights.split(320))]
-    assert torch.equal(whole.indices, torch.cat([part.indices for part in parts]))
-    assert torch.equal(whole.indices, vqvae.nearest_path(z, codebook, 32, subsets, weights))
+    assert torch.equal(whole.numbers, torch.cat([part.numbers for part in parts]))
+    assert torch.equal(whole.numbers, vqvae.nearest_path(z, codebook, 32, subsets, weights))
     assert torch.allclose(whole.stats, sum(part.stats for part in parts), rtol=1e-4, atol=1e-4)
 
 
