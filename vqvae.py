@@ -262,7 +262,7 @@ def _checked(field, kind, value):
         value = str(value)
     if type(value) is not kind:
         hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if kind is float and isinstance(value, str) else ""
-        if kind is str and type(value) in (int, float):
+        if kind is str and type(value) in (int, float) and not field.metadata["choices"]:
             hint = f' (YAML reads a number: write "{value}")'
         got = repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
         raise UserError(f"{field.name}: expected {kind.__name__}, got {got}{hint}")
@@ -1510,14 +1510,14 @@ def _only_https(url):
         raise ValueError(f"only https is allowed, not {url}")
 
 
-def _flock(file, folder, wait=True):
+def _flock(file, folder, setting, wait=True):
     """Lock a file for this process. Raises UserError where the file system has no locks, BlockingIOError where it is taken."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except OSError as error:
-        raise UserError(f"{folder}: its file system has no locks ({error.strerror}); choose a folder on another one") from error
+        raise UserError(f"{folder}: its file system has no locks ({error.strerror}); choose another --{setting}") from error
 
 
 def _cifar10(config, train):
@@ -1540,7 +1540,7 @@ def _cifar10(config, train):
     except OSError as error:
         raise UserError(f"data_dir: cannot write to {root} ({error.strerror}); choose another --data_dir") from error
     with lock:
-        _flock(lock, root)  # processes that start together download once
+        _flock(lock, root, "data_dir")  # processes that start together download once
         with contextlib.suppress(RuntimeError):
             return load()  # another was first
         if not torchvision.datasets.utils.check_integrity(archive, CIFAR10_MD5):
@@ -2028,7 +2028,7 @@ def locked(folder):
         raise UserError(f"{folder}: cannot write here ({error.strerror}); choose another --out_dir") from error
     with file:
         try:
-            _flock(file, folder, wait=False)
+            _flock(file, folder, "out_dir", wait=False)
         except BlockingIOError as error:
             raise UserError(f"{folder}: another process is training this run; wait for it or choose another --name") from error
         yield
@@ -2260,8 +2260,8 @@ class _Signals:
     def __enter__(self):
         self.received, self.previous = None, {}
         if threading.current_thread() is threading.main_thread():
-            hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]  # nohup wants it ignored
-            for signum in (signal.SIGINT, signal.SIGTERM, *hangup):
+            ignored = signal.getsignal(signal.SIGHUP) in (signal.SIG_IGN, None)  # as nohup wants it
+            for signum in (signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])):
                 self.previous[signum] = signal.signal(signum, self._handle)
         return self
 
@@ -2421,9 +2421,9 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
                 histogram.zero_()
                 spent = 0.0
             save_checkpoint(folder, model, optimizer, config, step, losses, histogram, spent, images_digest)
-            if report:  # only now: where nobody reads it, the epoch is kept
-                say(report)
             signum = signum or signals.agreed(step, now=True)
+            if report and signum != signal.SIGHUP:  # after the checkpoint: where nobody reads it, the epoch is kept
+                say(report)
             if signum:
                 raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
 

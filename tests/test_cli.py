@@ -132,7 +132,7 @@ def test_a_bad_flag_gives_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch
 
 BAD_YAML = {
     "unknown key": "codebok_size: 3", "text for number": "lr: 3e-4", "text": "epochs: many", "float for int": "epochs: 2.5",
-    "number for text": "quantizer: 4",
+    "number for text": "name: 4", "number for a choice": "trellis: 8",
     "bool for int": "epochs: true", "int for bool": "wandb: 1", "text for bool": "wandb: 'yes'", "null": "lr: null",
     "list": "epochs: [1, 2]", "mapping": "epochs: {a: 1}", "duplicate": "lr: 0.1\nlr: 0.2", "a list": "- lr",
     "a word": "hello", "a number": "3", "broken": "lr: [1", "tabs": "lr:\t- 0.1\n\t- 2", "number key": "3: 4",
@@ -407,6 +407,13 @@ def test_output_that_cannot_be_written_gives_one_line(tiny, tiny_config, tmp_pat
         process.stdout.close()  # before it has printed anything
         err = process.stderr.read()
     assert process.returncode == 128 + 13 and err.count("\n") == 1 and "nobody reads the output" in err
+
+
+def test_the_exit_code_stands_where_nobody_reads_the_error():
+    with subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--epochs", "0"], stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE) as process:
+        process.stderr.close()  # before it has printed anything
+    assert process.returncode == 2
 
 
 @pytest.mark.parametrize(("script", "policy", "spins"), [

@@ -395,6 +395,25 @@ def test_a_hang_up_stops_a_run_but_not_under_nohup(tiny_config, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_hang_up_during_validation_prints_nothing_more(tiny_config, monkeypatch, capsys):
+    real_record = vqvae.epoch_record
+
+    def interrupted_record(*arguments):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return real_record(*arguments)
+
+    monkeypatch.setattr(vqvae, "epoch_record", interrupted_record)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(vqvae.Interrupted) as stop:
+            vqvae.train(tiny_config())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert stop.value.signum == signal.SIGHUP and "epoch 1/" not in capsys.readouterr().out
+    folder = vqvae.Path(tiny_config().out_dir) / "tiny"
+    assert [path.name for path in vqvae.checkpoints(folder)] == ["checkpoint_epoch_0001.pt"]
+
+
 def test_an_epoch_is_kept_where_its_line_cannot_be_printed(tiny_config, monkeypatch):
     def say(message):
         if message.startswith("epoch 1/"):
@@ -414,8 +433,10 @@ def test_a_file_system_without_locks_is_named(tiny_config, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(vqvae.fcntl, "flock", flock)
-    with pytest.raises(vqvae.UserError, match="no locks .*choose a folder on another one"):
+    with pytest.raises(vqvae.UserError, match="no locks .No locks available.; choose another --out_dir"):
         vqvae.train(tiny_config())
+    with pytest.raises(vqvae.UserError, match="no locks .No locks available.; choose another --data_dir"):
+        vqvae.test_images(vqvae.Config(data_dir=tiny_config().out_dir))
 
 
 def test_the_metrics_say_what_they_were_measured_on(tiny_config):

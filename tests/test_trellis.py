@@ -259,7 +259,8 @@ def test_bad_settings(settings):
 @pytest.mark.parametrize(("settings", "trellis"), [
     (dict(), "16"), (dict(quantizer="vq_ema"), "16"), (dict(codebook_size=4096, prediction="checkerboard"), "16"),
     (dict(codebook_size=16384), "4"), (dict(codebook_size=510), "none"), (dict(prediction="none"), "none"),
-    (dict(prediction="none", trellis="4"), "4"), (dict(trellis="none"), "none"), (dict(metric="cosine"), "none"),
+    (dict(prediction="none", trellis="4"), "4"), (dict(trellis="none"), "none"), (dict(trellis=64), "64"),
+    (dict(metric="cosine"), "none"),
     (dict(quantizer="vq_ema", vq_recipe="classical"), "none"), (dict(dataset="dead_leaves", image_size=64), "16"),
     (dict(dataset="dead_leaves", image_size=68), "none"), (dict(dataset="dead_leaves", image_size=4), "none")])
 def test_where_codes_are_chosen_jointly_by_default(settings, trellis):
