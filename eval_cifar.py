@@ -98,15 +98,19 @@ class Inception:
         return features.cpu(), probabilities.cpu()
 
 
+def is_readable(path):
+    return path.is_file() and os.access(path, os.R_OK)
+
+
 def find_inception(path=None):
     """Path of the Inception file: `path`, or the cache, or downloaded there once. Raises UserError."""
     if path is not None:
-        if not (Path(path).is_file() and os.access(path, os.R_OK)):
+        if not is_readable(Path(path)):
             raise vqvae.UserError(f"inception: {path} is no file that can be read; give the path of {INCEPTION_NAME}")
         return Path(path)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqvae"
     for folder in (cache, Path("/tmp")):  # clean-fid itself keeps it in /tmp
-        if (folder / INCEPTION_NAME).is_file() and os.access(folder / INCEPTION_NAME, os.R_OK):
+        if is_readable(folder / INCEPTION_NAME):
             return folder / INCEPTION_NAME
     vqvae.download([INCEPTION_URL], cache / INCEPTION_NAME)
     return cache / INCEPTION_NAME

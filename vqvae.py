@@ -1977,7 +1977,8 @@ def stored_config(values: dict) -> Config:
 def identity(config: Config) -> dict:
     """The settings that decide a run's result (not where it runs or writes); a folder of images is one."""
     names = {field.name for field in dataclasses.fields(config) if field.metadata["identity"]}
-    names |= {"data_dir"} if config.dataset == "folder" else set()
+    if config.dataset == "folder":
+        names.add("data_dir")
     return {key: value for key, value in config.to_dict().items() if key in names}
 
 

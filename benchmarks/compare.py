@@ -134,9 +134,8 @@ def run(method, size, dim, seed, extra, threads):
     if target.exists():
         return f"{name}: done before"
     metrics = vqvae.train(config, quantizer)
-    device, _ = vqvae.pick_device(config.device)
     if quantizer is None:
-        model, _ = vqvae.load_model(Path(config.out_dir) / name, device)
+        model, _ = vqvae.load_model(Path(config.out_dir) / name, vqvae.pick_device(config.device)[0])
         refined = vqvae.evaluate(model, vqvae.test_images(config), size, refine=REFINE)
         metrics.update({f"refined_{key}": refined[key] for key in ("psnr", "perplexity", "usage_rate")})
     timing = [json.loads(line) for line in (Path(config.out_dir) / name / "timing.jsonl").read_text().splitlines()]

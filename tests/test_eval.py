@@ -192,6 +192,23 @@ def test_inception_is_downloaded_once_to_the_cache(stand_in, tmp_path, monkeypat
     assert eval_cifar.Inception(path, "clean", "cpu")
 
 
+def test_an_inception_file_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch):
+    """Of another user's in /tmp, say. Root may read all, so the permission is made up."""
+    cache = tmp_path / "vqvae" / "stand-in.pt"
+    cache.parent.mkdir()
+    cache.write_bytes(b"somebody else's")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(eval_cifar, "INCEPTION_NAME", cache.name)
+    assert eval_cifar.find_inception() == cache
+    monkeypatch.setattr(eval_cifar.os, "access", lambda path, mode: path != cache)
+    downloads = []
+    monkeypatch.setattr(eval_cifar.vqvae, "download", lambda urls, path: downloads.append(path))
+    eval_cifar.find_inception()
+    assert downloads == [cache]
+    with pytest.raises(eval_cifar.vqvae.UserError, match="no file that can be read"):
+        eval_cifar.find_inception(cache)
+
+
 @pytest.mark.parametrize("refine", [0, 3])
 def test_the_pictures_show_the_test_images(run_folder, refine):
     for name in ("reconstructions.png", "codebook_usage.png"):

@@ -440,9 +440,10 @@ def test_a_file_system_without_locks_is_named(tiny_config, monkeypatch):
 
 
 def test_the_metrics_say_what_they_were_measured_on(tiny_config):
-    metrics = vqvae.train(tiny_config())
-    assert metrics["torch"] == torch.__version__ and metrics["threads"] == torch.get_num_threads()
-    assert metrics["device"] and metrics["precision"] in ("float32", "bfloat16")
+    for precision in ("float32", "bfloat16"):
+        metrics = vqvae.train(tiny_config(name=precision, precision=precision))
+        assert metrics["torch"] == torch.__version__ and metrics["threads"] == torch.get_num_threads()
+        assert metrics["device"] and metrics["precision"] == precision
 
 
 def test_the_seed_is_in_every_artefact(tiny_config, monkeypatch, capsys):
