@@ -811,33 +811,35 @@ def nearest_path(z, codebook, length, states, weights):
 def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
     """`soft_assign` to codes (codes, D) of paths of `length` rows of z (N, D), where a row's distance counts weights (N,) times.
 
-    P of a path ~ the product of w_k exp(-weight d/temperature) of its codes. Returns Assignment: its numbers are those of the
-    nearest paths, its score is weighted, its sums are not. The scores are computed twice, before the paths are known and after.
+    P of a path ~ the product of w_k exp(-(weight d_s + d - d_s)/temperature) of its codes, d_s the distance to the nearest code
+    of the subset. Between codes of one subset the weight does not count: where it is small the prior alone would decide, and a
+    code that has starved would get all such rows. Returns Assignment: its numbers are those of the nearest paths, its score is
+    weighted, its sums are not. The scores are computed twice, before the paths are known and after.
     """
     halves = _half_norms(codebook)
     best, log_sums = z.new_empty(2, len(z), states)  # of each subset: best score; log of its summed factors, relative to it
-    slopes = (2 / temperature * weights).clamp_max(1e36)[:, None]  # (N, 1) of a log factor over the score
+    slope = (2 / temperature).clamp_max(1e36)  # of a log factor over the score
 
-    def log_factors(scores, its_best, its_slopes):
+    def log_factors(scores, its_best):
         """Log of w_k exp(..) (n, states, codes of a subset), relative to its nearest code; scores (n, codes) are overwritten."""
         relative = scores.view(len(scores), states, -1).sub_(its_best[:, :, None])
-        return relative.mul_(its_slopes[:, :, None]).add_(log_w.view(states, -1))
+        return relative.mul_(slope).add_(log_w.view(states, -1))
 
-    for chunk, its_best, its_sums, its_slopes in _chunks(len(codebook), z, best, log_sums, slopes):
+    for chunk, its_best, its_sums in _chunks(len(codebook), z, best, log_sums):
         scores = _scores(chunk, codebook, halves)  # (n, codes)
         its_best[:] = scores.view(len(chunk), states, -1).amax(2)
-        its_sums[:] = _log_sum_exp(log_factors(scores, its_best, its_slopes), 2)
+        its_sums[:] = _log_sum_exp(log_factors(scores, its_best), 2)
     subsets = _cheapest_subsets(best, length, weights)  # (N, 1)
-    gap = (slopes * (best - best.amax(1, keepdim=True))).clamp_min(-1e35)  # finite, and in reach, at any temperature
+    behind = weights[:, None] * (best - best.amax(1, keepdim=True))  # (N, states)
+    gap = (slope * behind).clamp_min(-1e35)  # finite, and in reach, at any temperature
     posterior = _by_paths(path_posterior, (gap + log_sums).view(-1, length, states)).view(-1, states)
     share = posterior - log_sums  # log P = log factor + share
     numbers = torch.empty(len(z), dtype=torch.int64, device=z.device)
     stats, squares = z.new_zeros(z.shape[1] + 1, len(codebook)), z.new_zeros(())
-    for chunk, its_best, its_share, its_slopes, its_subsets, its_numbers in _chunks(
-            len(codebook), z, best, share, slopes, subsets, numbers):
+    for chunk, its_best, its_share, its_subsets, its_numbers in _chunks(len(codebook), z, best, share, subsets, numbers):
         scores = _scores(chunk, codebook, halves)
         its_numbers[:] = _number_in(its_subsets, scores, states)
-        P = _exp(log_factors(scores, its_best, its_slopes).add_(its_share[:, :, None])).flatten(1)  # (n, codes)
+        P = _exp(log_factors(scores, its_best).add_(its_share[:, :, None])).flatten(1)  # (n, codes)
         stats.addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
         squares += torch.linalg.vector_norm(P).square()
     score = (weights * best.gather(1, subsets).squeeze(1)).sum()
@@ -958,7 +960,7 @@ class Quantizer(Float32Module):
         """z (B, D, H, W), (B, D, n) or (N, D), any float dtype -> Quantized(z_q, indices, loss).
 
         weights (B, H, W), (B, n) or (N,), above 0: how much the squared error of each latent counts on the path through a
-        trellis, and in BA-VQ's assignments to it; None: all the same. Centroids and commitment loss are without them, as is a
+        trellis, against the others of its path; None: all the same. Centroids and commitment loss are without them, as is a
         quantizer without a trellis. In training the first batch initialises the codebook, and every batch updates it after its
         own look-up. Raises ValueError on a wrong shape or an empty batch.
         """
@@ -976,7 +978,8 @@ class Quantizer(Float32Module):
             weights = rows.new_ones(rows.shape[:-1]) if weights is None else weights
             if weights.shape != rows.shape[:-1]:
                 raise ValueError(f"expected weights {tuple(rows.shape[:-1])}, got {tuple(weights.shape)}")
-            weights = weights.detach().reshape(-1).float()  # (N,)
+            weights = weights.detach().float().reshape(-1, length)
+            weights = (weights / weights.mean(1, keepdim=True)).flatten()  # (N,)
             if self.training:
                 quantized, numbers = self._train_step(flat.detach(), length, weights)
             else:
@@ -1099,7 +1102,7 @@ class BAQuantizer(Quantizer):
 
     entropy_weight: lambda in [0, inf]: 0 lets codes die, 1 is soft k-means, inf holds q_k = 1/K.
     temperature_start, temperature_end: tau in units of the mean distortion to the nearest code, falling
-    geometrically over the first anneal_fraction of training (`set_progress`). On a path with weights d is weighted, in both.
+    geometrically over the first anneal_fraction of training (`set_progress`). On a path with weights that distortion has them.
     ba_iters: Blahut-Arimoto steps per batch.  Dead codes restart only where lambda > 1.
     Raises ValueError on a value outside its range.
     """

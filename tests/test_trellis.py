@@ -83,13 +83,16 @@ def test_soft_assignments_by_hand(temperature, prior, base, size, length):
     z, codebook, log_w = (torch.randn(shape, dtype=torch.float64) for shape in ((2 * length, dim), (codes, dim), (codes,)))
     log_w *= prior
     weights = 2 * torch.rand(2 * length, dtype=torch.float64)
-    distances = weights[:, None] * torch.cdist(z, codebook).square()
+    distances = torch.cdist(z, codebook).square()
+    least = distances.view(2 * length, base**2, size).amin(2).repeat_interleave(size, 1)  # of the subset of each code
+    exponents = (weights[:, None] * least + distances - least) / temperature  # weights count between subsets only
+    distances *= weights[:, None]
     P, nearest = torch.zeros(2 * length, codes, dtype=torch.float64), []
     for start in (0, length):
         places = [start + place for place in PLACES[length]]
         choices = [tuple(subset * size + code for subset, code in zip(path, those))
                    for path in all_paths(length, base) for those in itertools.product(range(size), repeat=length)]
-        log_weights = [sum(log_w[k] - distances[place, k] / temperature for place, k in zip(places, some)) for some in choices]
+        log_weights = [sum(log_w[k] - exponents[place, k] for place, k in zip(places, some)) for some in choices]
         for some, chance in zip(choices, torch.stack(log_weights).softmax(0)):
             for place, k in zip(places, some):
                 P[place, k] += chance
@@ -194,7 +197,20 @@ def test_the_temperature_is_in_units_of_the_weighed_distortion():
     quantizer, z = trained(BAQuantizer, 4, ema_decay=0)
     weights = 4.0 ** torch.randint(-1, 2, (256, 4, 4))
     z_q = quantizer.train()(z, weights=weights).z_q
-    assert quantizer.distortion.item() == pytest.approx((weights * (z - z_q).square().sum(1)).mean().item(), rel=1e-4)
+    errors = weights / weights.mean((1, 2), keepdim=True) * (z - z_q).square().sum(1)
+    assert quantizer.distortion.item() == pytest.approx(errors.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
+def test_weights_count_against_the_others_of_a_path(kind):
+    z, weights, learned = torch.randn(64, 4, 4, 4), torch.rand(64, 4, 4), []
+    for factors in (torch.ones(64), 2.0 ** torch.arange(-32, 32)):
+        torch.manual_seed(0)
+        quantizer = kind(16, 4, trellis=4).train()
+        indices = [quantizer(z, weights=factors[:, None, None] * weights).indices for _ in range(3)]
+        learned.append([*indices, *quantizer.buffers()])
+    for value, other in zip(*learned):
+        assert torch.equal(value, other)
 
 
 def test_paths_do_not_leave_their_image():
