@@ -785,11 +785,24 @@ def _cheapest_subsets(best, length, weights):
     return _by_paths(cheapest_path, (-2 * weights[:, None] * best).view(-1, length, best.shape[1])).view(-1, 1)
 
 
-def _number_in(subsets, scores, states):
-    """Number (n,) of the code with the largest of scores (n, codes) in subsets (n, 1); `states` equal parts are the subsets."""
-    parts = scores.view(len(scores), states, -1)
-    inside = parts[torch.arange(len(parts), device=parts.device), subsets.squeeze(1)]  # (n, codes of a subset)
-    return subsets.squeeze(1) * parts.shape[2] + _best(inside)[1]
+def _number_in(subsets, scores):
+    """Number (n,) of the code with the largest of scores (n, all subsets, codes of a subset) in subsets (n, 1)."""
+    inside = scores[torch.arange(len(scores), device=scores.device), subsets.squeeze(1)]  # (n, codes of a subset)
+    return subsets.squeeze(1) * scores.shape[2] + _best(inside)[1]
+
+
+def _wanted_parts(wanted, size):
+    """For wanted (N, states), whether a row needs a subset of `size` codes: rows, and slices of the subsets and of the codes.
+
+    Where less than two thirds are, subsets come one by one, each with the rows that need it. Elsewhere, and where to find the
+    rows would be to wait for a GPU, all at once.
+    """
+    states = wanted.shape[1]
+    if wanted.device.type != "cpu" or 3 * wanted.sum() > 2 * wanted.numel():
+        yield slice(None), slice(0, states), slice(0, states * size)
+        return
+    for subset in wanted.any(0).nonzero().flatten().tolist():
+        yield wanted[:, subset].nonzero().squeeze(1), slice(subset, subset + 1), slice(subset * size, (subset + 1) * size)
 
 
 def nearest_path(z, codebook, length, states, weights):
@@ -798,14 +811,22 @@ def nearest_path(z, codebook, length, states, weights):
     A path is the `length` rows of an image; codebook (codes, D), of as many subsets as `states`. The scores are computed twice,
     for the best of each subset and, once the path is known, for its place.
     """
-    halves = _half_norms(codebook)
+    halves, size = _half_norms(codebook), len(codebook) // states
     best, numbers = z.new_empty(len(z), states), torch.empty(len(z), dtype=torch.int64, device=z.device)
     for chunk, its_best in _chunks(len(codebook), z, best):
-        its_best[:] = _scores(chunk, codebook, halves).view(len(chunk), states, -1).amax(2)
-    subsets = _cheapest_subsets(best, length, weights)
-    for chunk, its_subsets, its_numbers in _chunks(len(codebook), z, subsets, numbers):
-        its_numbers[:] = _number_in(its_subsets, _scores(chunk, codebook, halves), states)
+        its_best[:] = _scores(chunk, codebook, halves).view(len(chunk), states, size).amax(2)
+    subsets = _cheapest_subsets(best, length, weights)  # (N, 1)
+    on_path = torch.zeros_like(best, dtype=torch.bool).scatter_(1, subsets, True)  # (N, states)
+    for rows, part, codes in _wanted_parts(on_path, size):
+        those = numbers[rows]
+        for chunk, its_subsets, its_numbers in _chunks(codes.stop - codes.start, z[rows], subsets[rows] - part.start, those):
+            scores = _scores(chunk, codebook[codes], halves[codes]).view(len(chunk), -1, size)
+            its_numbers[:] = codes.start + _number_in(its_subsets, scores)
+        numbers[rows] = those
     return numbers
+
+
+LEAST_LOG_P = -20.0  # of a subset for a row: less, 2e-9, is left out of the sums
 
 
 def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
@@ -816,32 +837,37 @@ def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
     code that has starved would get all such rows. Returns Assignment: its numbers are those of the nearest paths, its score is
     weighted, its sums are not. The scores are computed twice, before the paths are known and after.
     """
-    halves = _half_norms(codebook)
+    halves, size = _half_norms(codebook), len(codebook) // states
     best, log_sums = z.new_empty(2, len(z), states)  # of each subset: best score; log of its summed factors, relative to it
     slope = (2 / temperature).clamp_max(1e36)  # of a log factor over the score
 
-    def log_factors(scores, its_best):
-        """Log of w_k exp(..) (n, states, codes of a subset), relative to its nearest code; scores (n, codes) are overwritten."""
-        relative = scores.view(len(scores), states, -1).sub_(its_best[:, :, None])
-        return relative.mul_(slope).add_(log_w.view(states, -1))
+    def log_factors(scores, its_best, its_log_w):
+        """Log of w_k exp(..), relative to the nearest code of the subset; scores (n, subsets, size) are overwritten."""
+        return scores.sub_(its_best[:, :, None]).mul_(slope).add_(its_log_w.view(-1, size))
 
     for chunk, its_best, its_sums in _chunks(len(codebook), z, best, log_sums):
-        scores = _scores(chunk, codebook, halves)  # (n, codes)
-        its_best[:] = scores.view(len(chunk), states, -1).amax(2)
-        its_sums[:] = _log_sum_exp(log_factors(scores, its_best), 2)
+        scores = _scores(chunk, codebook, halves).view(len(chunk), states, size)
+        its_best[:] = scores.amax(2)
+        its_sums[:] = _log_sum_exp(log_factors(scores, its_best, log_w), 2)
     subsets = _cheapest_subsets(best, length, weights)  # (N, 1)
     behind = weights[:, None] * (best - best.amax(1, keepdim=True))  # (N, states)
     gap = (slope * behind).clamp_min(-1e35)  # finite, and in reach, at any temperature
     posterior = _by_paths(path_posterior, (gap + log_sums).view(-1, length, states)).view(-1, states)
     share = posterior - log_sums  # log P = log factor + share
+    on_path = torch.zeros_like(best, dtype=torch.bool).scatter_(1, subsets, True)  # (N, states)
     numbers = torch.empty(len(z), dtype=torch.int64, device=z.device)
     stats, squares = z.new_zeros(z.shape[1] + 1, len(codebook)), z.new_zeros(())
-    for chunk, its_best, its_share, its_subsets, its_numbers in _chunks(len(codebook), z, best, share, subsets, numbers):
-        scores = _scores(chunk, codebook, halves)
-        its_numbers[:] = _number_in(its_subsets, scores, states)
-        P = _exp(log_factors(scores, its_best).add_(its_share[:, :, None])).flatten(1)  # (n, codes)
-        stats.addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
-        squares += torch.linalg.vector_norm(P).square()
+    for rows, part, codes in _wanted_parts((posterior > LEAST_LOG_P) | on_path, size):
+        those, inside = numbers[rows], (subsets[rows] - part.start) % (part.stop - part.start)
+        for chunk, its_share, its_inside, its_numbers in _chunks(
+                codes.stop - codes.start, z[rows], share[rows, part], inside, those):
+            scores = _scores(chunk, codebook[codes], halves[codes]).view(len(chunk), -1, size)
+            its_numbers[:] = codes.start + _number_in(its_inside, scores)
+            its_best = scores.amax(2)  # again, since a product of another shape rounds otherwise
+            P = _exp(log_factors(scores, its_best, log_w[codes]).add_(its_share[:, :, None])).flatten(1)  # (n, codes)
+            stats[:, codes].addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
+            squares += torch.linalg.vector_norm(P).square()
+        numbers[rows] = torch.where(on_path[rows, part].any(1), those, numbers[rows])
     score = (weights * best.gather(1, subsets).squeeze(1)).sum()
     return Assignment(numbers, stats.T.contiguous(), score, len(z) - squares)
 

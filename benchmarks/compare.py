@@ -63,7 +63,7 @@ METHODS = {
     **{f"ba_vq_lambda{w:g}_scaled": ba_vq(w, "scaled") for w in (10, 100)},
     **{f"vq_ema_scaled_trellis{suffix}": vq_ema("scaled", states) for suffix, states in SCALED_TRELLISES.items()},
     **{f"ba_vq_lambda{w:g}_scaled_trellis{suffix}": ba_vq(w, "scaled", states)
-       for suffix, states in SCALED_TRELLISES.items() for w in (10, 100)},
+       for suffix, states in SCALED_TRELLISES.items() for w in (10, 100, 300)},
     # One factor at a time between the two recipes: what keeps the codes of a large codebook alive (FINDINGS.md).
     "vq_ema_classical_decay": [*CLASSICAL, "--ema_decay", "0.97475"],  # that of the tuned recipe at K = 16,384
     "vq_ema_classical_decay99": [*CLASSICAL, "--ema_decay", "0.99"],  # van den Oord 2017, appendix A.1
@@ -78,7 +78,8 @@ METHODS = {
 }
 # At large K more latent directions are worth codes, and a longer warm-up lets them grow before there are any (FINDINGS.md).
 METHODS.update({f"{name}_warmup20": [*METHODS[name], "--warmup_fraction", "0.2"] for name in (
-    "vq_ema", "vq_ema_predictive_trellis", "ba_vq_lambda10_predictive_trellis", "ba_vq_lambdainf_predictive_trellis")})
+    "vq_ema", "vq_ema_predictive_trellis", "ba_vq_lambda10_predictive_trellis", "ba_vq_lambdainf_predictive_trellis",
+    "vq_ema_scaled_trellis")})
 RESULTS = ROOT / "results" / "compare"
 GAUSSIAN = ROOT / "results" / "gaussian_source.json"  # gaussian_source.py writes it
 REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of this project only)
