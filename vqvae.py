@@ -548,13 +548,14 @@ FUSED_UP_TO = 64  # dimensions of the latents: beyond, a large codebook's fused 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24, "mps": 1 << 23}  # of the N x K score matrix alive at once
 
 
-def _chunks(codes, z, *others):
-    """Slices of rows of z (N, D), together with the same rows of others (N, ...), as tuples.
+def _rows_at_once(codes, z):
+    """As many rows of z (N, D) as keep n x K scores within CHUNK_ELEMENTS; at least D, since O(K D) of memory is spent anyway."""
+    return max(z.shape[1], CHUNK_ELEMENTS[z.device.type] // codes)
 
-    As many rows as keep n x K scores within CHUNK_ELEMENTS; at least D, since O(K D) of memory is spent anyway.
-    """
-    rows = max(z.shape[1], CHUNK_ELEMENTS[z.device.type] // codes)
-    return zip(*(tensor.split(rows) for tensor in (z, *others)))
+
+def _chunks(codes, z, *others):
+    """Slices of rows of z (N, D), together with the same rows of others (N, ...), as tuples."""
+    return zip(*(tensor.split(_rows_at_once(codes, z)) for tensor in (z, *others)))
 
 
 def _half_norms(codebook):
@@ -785,48 +786,50 @@ def _cheapest_subsets(best, length, weights):
     return _by_paths(cheapest_path, (-2 * weights[:, None] * best).view(-1, length, best.shape[1])).view(-1, 1)
 
 
-def _number_in(subsets, scores):
-    """Number (n,) of the code with the largest of scores (n, all subsets, codes of a subset) in subsets (n, 1)."""
-    inside = scores[torch.arange(len(scores), device=scores.device), subsets.squeeze(1)]  # (n, codes of a subset)
-    return subsets.squeeze(1) * scores.shape[2] + _best(inside)[1]
+def _best_in(subsets, scores):
+    """Best score and its number, both (n,), in one subset of each row: subsets (n, 1) of scores (n, subsets, codes of one)."""
+    subsets = subsets.squeeze(1)
+    rows = torch.arange(len(scores), device=scores.device)
+    best, place = _best(scores[rows, subsets] if scores.shape[1] > 1 else scores.squeeze(1))
+    return best, subsets * scores.shape[2] + place
 
 
-def _wanted_parts(wanted, size):
-    """For wanted (N, states), whether a row needs a subset of `size` codes: rows, and slices of the subsets and of the codes.
+def _wanted_parts(wanted, z, size):
+    """Chunks of rows of z (N, D), and which subsets, of `size` codes, they need, by wanted (N, states).
 
-    Where less than two thirds are, subsets come one by one, each with the rows that need it. Elsewhere, and where to find the
-    rows would be to wait for a GPU, all at once.
+    Yields rows, the slice of subsets and the slice of codes. Where few are needed, subsets come one by one, each with the rows
+    that need it, else all with all rows.
     """
     states = wanted.shape[1]
-    if wanted.device.type != "cpu" or 3 * wanted.sum() > 2 * wanted.numel():
-        yield slice(None), slice(0, states), slice(0, states * size)
-        return
-    for subset in wanted.any(0).nonzero().flatten().tolist():
-        yield wanted[:, subset].nonzero().squeeze(1), slice(subset, subset + 1), slice(subset * size, (subset + 1) * size)
+    if _surely_few(wanted):
+        for subset in wanted.any(0).nonzero().flatten().tolist():
+            for rows in wanted[:, subset].nonzero().squeeze(1).split(_rows_at_once(size, z)):
+                yield rows, slice(subset, subset + 1), slice(subset * size, (subset + 1) * size)
+    else:
+        count = _rows_at_once(states * size, z)
+        for start in range(0, len(z), count):
+            yield slice(start, start + count), slice(0, states), slice(0, states * size)
 
 
 def nearest_path(z, codebook, length, states, weights):
     """Numbers (N,) of the codes, one a row of z (N, D), of the paths with the least sums of squared distances times weights (N,).
 
-    A path is the `length` rows of an image; codebook (codes, D), of as many subsets as `states`. The scores are computed twice,
-    for the best of each subset and, once the path is known, for its place.
+    A path is the `length` rows of an image; codebook (codes, D), of as many subsets as `states`. The scores are computed for the
+    best of each subset and, once the path is known, where need be again for its place.
     """
     halves, size = _half_norms(codebook), len(codebook) // states
     best, numbers = z.new_empty(len(z), states), torch.empty(len(z), dtype=torch.int64, device=z.device)
     for chunk, its_best in _chunks(len(codebook), z, best):
         its_best[:] = _scores(chunk, codebook, halves).view(len(chunk), states, size).amax(2)
     subsets = _cheapest_subsets(best, length, weights)  # (N, 1)
-    on_path = torch.zeros_like(best, dtype=torch.bool).scatter_(1, subsets, True)  # (N, states)
-    for rows, part, codes in _wanted_parts(on_path, size):
-        those = numbers[rows]
-        for chunk, its_subsets, its_numbers in _chunks(codes.stop - codes.start, z[rows], subsets[rows] - part.start, those):
-            scores = _scores(chunk, codebook[codes], halves[codes]).view(len(chunk), -1, size)
-            its_numbers[:] = codes.start + _number_in(its_subsets, scores)
-        numbers[rows] = those
+    on_path = subsets == torch.arange(states, device=z.device)  # (N, states)
+    for rows, part, codes in _wanted_parts(on_path, z, size):
+        scores = _scores(z[rows], codebook[codes], halves[codes]).unflatten(1, (-1, size))  # (n, subsets, size)
+        numbers[rows] = codes.start + _best_in(subsets[rows] - part.start, scores)[1]
     return numbers
 
 
-LEAST_LOG_P = -20.0  # of a subset for a row: less, 2e-9, is left out of the sums
+LEAST_LOG_P = -20.0  # subsets less probable for a row (2e-9) are left out of its sums where subsets come one by one
 
 
 def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
@@ -835,7 +838,7 @@ def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
     P of a path ~ the product of w_k exp(-(weight d_s + d - d_s)/temperature) of its codes, d_s the distance to the nearest code
     of the subset. Between codes of one subset the weight does not count: where it is small the prior alone would decide, and a
     code that has starved would get all such rows. Returns Assignment: its numbers are those of the nearest paths, its score is
-    weighted, its sums are not. The scores are computed twice, before the paths are known and after.
+    weighted, its sums are not. The scores are computed before the paths are known and, where need be, again after.
     """
     halves, size = _half_norms(codebook), len(codebook) // states
     best, log_sums = z.new_empty(2, len(z), states)  # of each subset: best score; log of its summed factors, relative to it
@@ -854,20 +857,19 @@ def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
     gap = (slope * behind).clamp_min(-1e35)  # finite, and in reach, at any temperature
     posterior = _by_paths(path_posterior, (gap + log_sums).view(-1, length, states)).view(-1, states)
     share = posterior - log_sums  # log P = log factor + share
-    on_path = torch.zeros_like(best, dtype=torch.bool).scatter_(1, subsets, True)  # (N, states)
+    on_path = subsets == torch.arange(states, device=z.device)  # (N, states)
     numbers = torch.empty(len(z), dtype=torch.int64, device=z.device)
     stats, squares = z.new_zeros(z.shape[1] + 1, len(codebook)), z.new_zeros(())
-    for rows, part, codes in _wanted_parts((posterior > LEAST_LOG_P) | on_path, size):
-        those, inside = numbers[rows], (subsets[rows] - part.start) % (part.stop - part.start)
-        for chunk, its_share, its_inside, its_numbers in _chunks(
-                codes.stop - codes.start, z[rows], share[rows, part], inside, those):
-            scores = _scores(chunk, codebook[codes], halves[codes]).view(len(chunk), -1, size)
-            its_numbers[:] = codes.start + _number_in(its_inside, scores)
-            its_best = scores.amax(2)  # again, since a product of another shape rounds otherwise
-            P = _exp(log_factors(scores, its_best, log_w[codes]).add_(its_share[:, :, None])).flatten(1)  # (n, codes)
-            stats[:, codes].addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
-            squares += torch.linalg.vector_norm(P).square()
-        numbers[rows] = torch.where(on_path[rows, part].any(1), those, numbers[rows])
+    for rows, part, codes in _wanted_parts((posterior > LEAST_LOG_P) | on_path, z, size):
+        chunk, its_path = z[rows], on_path[rows, part]
+        scores = _scores(chunk, codebook[codes], halves[codes]).unflatten(1, (-1, size))  # (n, subsets, size)
+        nearest, number = _best_in(its_path.int().argmax(1, keepdim=True), scores)
+        numbers[rows] = torch.where(its_path.any(1), codes.start + number, numbers[rows])
+        # A product of another shape rounds otherwise, and with its own best the most probable code is exact.
+        its_best = best[rows] if scores.shape[1] == states else nearest[:, None]
+        P = _exp(log_factors(scores, its_best, log_w[codes]).add_(share[rows, part, None])).flatten(1)  # (n, codes)
+        stats[:, codes].addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
+        squares += torch.linalg.vector_norm(P).square()
     score = (weights * best.gather(1, subsets).squeeze(1)).sum()
     return Assignment(numbers, stats.T.contiguous(), score, len(z) - squares)
 
@@ -892,6 +894,11 @@ def sample_rows(z, count):
 def _surely_none(mask):
     """Whether no entry of a bool tensor is set, as far as can be told without waiting for a GPU."""
     return mask.device.type == "cpu" and not mask.any()
+
+
+def _surely_few(mask):
+    """Whether less than two thirds of a bool tensor are set, likewise."""
+    return mask.device.type == "cpu" and 3 * int(mask.sum()) < 2 * mask.numel()
 
 
 class Float32Module(nn.Module):
