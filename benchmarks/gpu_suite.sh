@@ -51,6 +51,7 @@ run_step() {
     tests)  $python -m pytest -q tests/test_cuda.py tests/test_kernels.py tests/test_quantizers.py ;;
     speed)  $python benchmarks/throughput.py $network --compile && $python benchmarks/throughput.py $network --codebook_size 1024 &&
               $python benchmarks/throughput.py $network --latent_dim 16 &&
+              $python benchmarks/throughput.py $network --latent_dim 16 --prediction scaled &&
               $python benchmarks/quantizer_step.py $sizes ;;
     # kernels by themselves, since a fault in one takes its whole process down
     fused)  $interpret $python benchmarks/quantizer_step.py --fused $sizes ;;

@@ -102,10 +102,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 def test_throughput_refuses_what_it_does_not_do():
-    for words in (["--dry_run"], ["--quantizer", "vq_ema"], ["--prediction", "checkerboard"], ["--trellis", "4"],
-                  ["--metric", "cosine"], ["--steps", "0"]):
+    for words in (["--dry_run"], ["--quantizer", "vq_ema"], ["--metric", "cosine"], ["--steps", "0"]):
         with pytest.raises(vqvae.UserError, match=words[0][2:]):
             throughput.parse(words)
+
+
+def test_throughput_takes_prediction_and_trellis_where_asked():
+    configs = [throughput.parse(words)[1] for words in ([], ["--prediction", "scaled"], ["--trellis", "4"])]
+    assert [(config.prediction, config.states) for config in configs] == [("none", 0), ("scaled", 16), ("none", 4)]
 
 
 def test_peak_memory_of_a_large_step_stays_far_below_its_scores():
