@@ -60,8 +60,6 @@ METHODS = {
     **{f"ba_vq_lambda{w:g}_predictive": ba_vq(w, "checkerboard") for w in (10, 100, math.inf)},
     "vq_ema_predictive_trellis": vq_ema("checkerboard", "4"),
     **{f"ba_vq_lambda{w:g}_predictive_trellis": ba_vq(w, "checkerboard", "4") for w in (10, 50, 100, math.inf)},
-    "vq_ema_trellis16": vq_ema(trellis="16"),
-    "ba_vq_lambda100_trellis16": ba_vq(100, trellis="16"),
     "vq_ema_scaled": vq_ema("scaled"),
     **{f"ba_vq_lambda{w:g}_scaled": ba_vq(w, "scaled") for w in (10, 100)},
     **{f"vq_ema_scaled_trellis{suffix}": vq_ema("scaled", states) for suffix, states in SCALED_TRELLISES.items()},
@@ -89,7 +87,6 @@ REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of th
 COLORS, MARKERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "s^Dv"  # every pair of them once in 20 methods
 LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_predictive": "VQ-EMA tuned, prediction",
           "vq_ema_predictive_trellis": "VQ-EMA tuned, prediction and trellis",
-          "vq_ema_trellis16": "VQ-EMA tuned, 16 states",
           "vq_ema_scaled": "VQ-EMA tuned, scaled prediction",
           "vq_ema_scaled_trellis": "VQ-EMA tuned, scaled prediction, 4 states",
           "vq_ema_scaled_trellis16": "VQ-EMA tuned, scaled prediction, 16 states",
@@ -97,11 +94,11 @@ LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_predictive": "VQ-EMA tuned, predicti
           "vq_ema_classical": "VQ-EMA classical", "vq_ema_classical_decay99": "VQ-EMA classical, decay 0.99",
           "lib_ema": "VQ-EMA, k-means start, expiry",
           "cvq": "CVQ-VAE", "lib_rotation": "VQ-EMA, rotation trick", "lib_cosine": "VQ-EMA, cosine", "lib_simvq": "SimVQ",
-          "lib_fsq": "FSQ", "sinkhorn": "Sinkhorn (OptVQ)", "wasserstein": "Wasserstein VQ"}  # in the figure
+          "lib_fsq": "FSQ", "sinkhorn": "Sinkhorn (OptVQ)", "wasserstein": "Wasserstein VQ",
+          "lib_low_dim": "VQ-EMA, codes of 4 dimensions", "lib_lfq": "LFQ", "sq_vae": "SQ-VAE"}  # in the figure
 CURVES = {("none", "none"): dict(color="#0072B2", label="BA-VQ over λ"),  # (prediction, trellis)
           ("checkerboard", "none"): dict(color="black", label="BA-VQ over λ, prediction"),
           ("checkerboard", "4"): dict(color="#7B1FA2", label="BA-VQ over λ, prediction and trellis"),
-          ("none", "16"): dict(color="#455A64", label="BA-VQ over λ, 16 states"),
           ("scaled", "none"): dict(color="#8D6E63", label="BA-VQ over λ, scaled prediction"),
           ("scaled", "4"): dict(color="#C2185B", label="BA-VQ over λ, scaled prediction, 4 states"),
           ("scaled", "16"): dict(color="#00695C", label="BA-VQ over λ, scaled prediction, 16 states"),
@@ -272,7 +269,7 @@ def rate_distortion_figure(path):
         found = {kind: [] for kind in CURVES}  # lists of (lambda, rate, quality)
         for name, run in sorted((name, runs[seed]) for name, runs in methods.items() if seed in runs):
             rate, quality, config = run["bits_per_index"], run["psnr"], run["config"]
-            if re.fullmatch(r"ba_vq_lambda(\d+|inf)(_predictive|_scaled)?(_trellis(16|64)?)?", name):
+            if re.fullmatch(r"ba_vq_lambda(\d+|inf)(_(predictive|scaled)(_trellis(16|64)?)?)?", name):
                 found[config["prediction"], config["trellis"]].append((float(config["entropy_weight"]), rate, quality))
                 continue
             looks.setdefault(name, dict(color=COLORS[len(looks) % len(COLORS)], marker=MARKERS[len(looks) % len(MARKERS)]))

@@ -1,16 +1,16 @@
 """Training throughput: this project's loop against the classical way, same network, codebook size and batch.
 
     python benchmarks/throughput.py                                  # hidden 128, D 256, K 512, batch 256
-    python benchmarks/throughput.py --hidden_dim 64 --latent_dim 8 --batch_size 128 --prediction scaled     # and --trellis 16
+    python benchmarks/throughput.py --hidden_dim 64 --latent_dim 8 --batch_size 128 --prediction scaled     # with 16 states
     python benchmarks/throughput.py --compile                        # and the same with compiled networks
 
 The classical way: float32, NCHW, a DataLoader with worker processes that converts and normalises image by image, one-hot EMA
-statistics, `.item()` of every loss at every step (on the CPU it profits from the memory that vqvae.train keeps). Both run in
+statistics, `.item()` of every loss at every step (on the CPU it profits from the memory that vqvae.train keeps). All run in
 turn, `--rounds` times; the ratio is that of the medians. Also measured: the network alone (no quantizer), and what the input
 pipeline, the code histogram and the evaluation of the validation split add to an epoch. The floor is operations and bytes of
 a step over the matrix and copy rates measured in the same run; of the quantizer, those without additions. The classical way
-has no prediction and no trellis, nor has this project here unless asked. BA-VQ's temperature stays at the first, and then at
-the last, which half of training has. Images are dead leaves. Writes results/speed/throughput_DEVICE_SIZE.json, SIZE its hidden
+has no prediction and no trellis, nor has this project here unless asked. `ba_vq` has the first temperature, another model the
+last, which almost half of training has. Images are dead leaves. Writes results/speed/throughput_DEVICE_SIZE.json, SIZE its hidden
 width, residual blocks, D, K and batch, prediction and trellis if any.
 """
 
