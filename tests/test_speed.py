@@ -112,6 +112,16 @@ def test_throughput_takes_prediction_and_trellis_where_asked():
     assert [(config.prediction, config.states) for config in configs] == [("none", 0), ("scaled", 16), ("none", 4)]
 
 
+def test_throughput_trains_at_the_temperature_asked_for(tiny_config):
+    images = torch.zeros(4, 16, 16, 3, dtype=torch.uint8)
+    for progress, temperature in ((0.0, 0.2), (1.0, 0.02)):
+        config = tiny_config(batch_size=2, temperature_start=0.2, temperature_end=0.02)
+        epoch, model = throughput.project_epoch(config, images, torch.device("cpu"), progress=progress)
+        epoch()
+        found = [module.temperature.item() for module in model.modules() if isinstance(module, vqvae.BAQuantizer)]
+        assert found and found == pytest.approx([temperature] * len(found))
+
+
 def test_peak_memory_of_a_large_step_stays_far_below_its_scores():
     """N x K is 512 MiB here; a heap whose holes are split by small tensors would grow to about that."""
     command = [sys.executable, str(ROOT / "benchmarks" / "quantizer_step.py"), "--memory", "--one_size", "--device", "cpu",
