@@ -38,7 +38,7 @@ DIFFERENCES = [("psnr", "PSNR dB", "{:+.3f}"), ("ssim", "SSIM", "{:+.4f}"), ("pe
 
 
 def load_runs(folders):
-    """The final_metrics.json of each run folder, with its recipe and name: its path where two have one name. Raises UserError."""
+    """The final_metrics.json of each run folder, with method and name: its path where two have one name. Raises UserError."""
     records, folders = [], list(map(Path, folders))
     names = collections.Counter(folder.name for folder in folders)
     for folder in folders:
@@ -388,7 +388,7 @@ def rate_distortion(records):
 def latents_of(model, images):
     """Latents (N, D) of images, on the unit sphere where the quantizer is; with prediction those of the half coded without it."""
     with torch.no_grad():
-        z = model.latents(vqvae.to_float(images)).permute(0, 2, 3, 1)  # (B, H, W, D)
+        z = torch.cat([model.latents(vqvae.to_float(some)) for some in images.split(500)]).permute(0, 2, 3, 1)  # (B, H, W, D)
     if isinstance(model.quantizer, vqvae.PredictiveQuantizer):
         z, _ = vqvae.split_halves(z)  # (B, n, D)
     return z.flatten(0, -2)
@@ -480,7 +480,8 @@ def main(argv=None):
     missing = [str(path) for path in options.folders if not os.path.exists(path)]
     if missing:
         raise vqvae.UserError(f"no such folder: {', '.join(missing)}")
-    given = list({path.resolve(): path if path.name else path.resolve() for path in options.folders}.values())  # each once
+    whole = (path.resolve() if path.name in ("", "..") else path for path in options.folders)  # with the run's name at the end
+    given = list({path.resolve(): path for path in whole}.values())  # each once
     finished = [path for path in given if os.path.exists(path / "final_metrics.json")]
     unfinished = [path.name for path in given if path.is_dir() and path not in finished]
     if unfinished:

@@ -99,7 +99,7 @@ class Inception:
 
 
 def is_readable(path):
-    return path.is_file() and os.access(path, os.R_OK)
+    return os.path.isfile(path) and os.access(path, os.R_OK)  # Path.is_file raises OSError where the name is too long
 
 
 def find_inception(path=None):
@@ -162,7 +162,7 @@ def find_checkpoints(words):
         if not files:
             raise vqvae.UserError(f"checkpoint: no final_model.pt to evaluate below {path}")
         found += files
-    folders = [path.parent.resolve() for path in found]
+    folders = [os.path.realpath(path.parent) for path in found]
     if len(set(folders)) < len(folders):
         raise vqvae.UserError("checkpoint: two of these share a folder, and so eval_metrics.json; evaluate one at a time")
     return found

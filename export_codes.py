@@ -11,6 +11,7 @@ that of decode holds `images` (N, S, S, 3) uint8.
 
 import dataclasses
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -97,8 +98,9 @@ def decode_command(options, model, config):
         raise vqvae.UserError(f"{options.input}: codes of a codebook of {size}, the checkpoint has {config.codebook_size}")
     if weights not in (None, weights_digest(model)):
         raise vqvae.UserError(f"{options.input}: codes of another model than {options.checkpoint}; give the one that made them")
-    if indices.ndim != 3 or not indices.size or indices.dtype.kind != "u" or indices.max() >= size:
-        raise vqvae.UserError(f"{options.input}: indices must be unsigned (N, H, W) below {size}, not empty")
+    side = config.image_size // config.downsample
+    if indices.shape[1:] != (side, side) or not indices.size or indices.dtype.kind != "u" or indices.max() >= size:
+        raise vqvae.UserError(f"{options.input}: indices must be unsigned (N, {side}, {side}) below {size}, not empty")
     images = decode(model, torch.from_numpy(indices.astype(np.int64)))
     save_npz(options.output, images=images.numpy())
     print(f"{options.output}: {len(images)} images of {images.shape[1]}x{images.shape[2]}")
@@ -128,7 +130,7 @@ def main(argv=None):
     options = parse(argv)
     checkpoint = Path(options.checkpoint)
     read = {checkpoint, checkpoint / "final_model.pt", *([Path(options.input)] if options.command == "decode" else [])}
-    if Path(options.output).resolve() in {path.resolve() for path in read}:
+    if os.path.realpath(options.output) in map(os.path.realpath, read):  # Path.resolve raises RuntimeError for a circle of links
         raise vqvae.UserError(f"output: {options.output} is read, too, and would be lost; choose another file")
     device, _ = vqvae.pick_device(options.device)
     model, config = vqvae.load_model(checkpoint, device)

@@ -8,7 +8,8 @@
 
 Runs finished with the same config are skipped; a failing one does not stop the others. Logs are in
 OUT_DIR/NAME.log, the summary in OUT_DIR/gpu_run_summary.json and OUT_DIR/summary.png.
-Exit codes: 0 all runs finished, 1 some failed, 2 bad input, 130 Ctrl-C or SIGTERM.
+Exit codes: 0 all runs finished, 1 some failed, 2 bad input, 130 Ctrl-C, SIGTERM or a closed terminal, 141 nobody
+reads the output (runs save where they are; the same command continues).
 """
 
 import concurrent.futures
@@ -107,9 +108,9 @@ def parse(argv):
     options, extra = parser.parse_known_args(argv)
     if options.timeout is not None and not options.timeout > 0:
         raise vqvae.UserError(f"timeout: {options.timeout} must be more than 0 seconds")
-    if options.gpus is not None and not all(gpu.isdigit() for gpu in options.gpus.split(",")):
-        raise vqvae.UserError(f"gpus: expected numbers with commas between, got {options.gpus!r}")
     if options.gpus is not None:
+        if not all(gpu.isdigit() for gpu in options.gpus.split(",")):
+            raise vqvae.UserError(f"gpus: expected numbers with commas between, got {options.gpus!r}")
         extra = ["--device", "cuda", *extra]  # a GPU that is not there is an error, not a run on the CPU
     fixed = {"--name", "--quantizer", "--codebook_size", "--metric"} & {word.split("=")[0] for word in extra}
     if fixed:
@@ -140,18 +141,23 @@ def main(argv=None):
     sweep = Sweep((options.gpus.split(",") if options.gpus else [None]) * options.jobs, options.timeout)
     began, status = time.time(), {}
     same = "the same command" + (" without --overwrite" if any(config.overwrite for config in configs.values()) else "")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    hang_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]  # ignored under nohup
+    for signum in (signal.SIGTERM, *hang_up):
+        signal.signal(signum, signal.default_int_handler)
     with concurrent.futures.ThreadPoolExecutor(len(runs)) as pool:
-        futures = {pool.submit(sweep.run, flags, out_dir / f"{name}.log"): name for name, flags in runs.items()}
         try:
+            futures = {pool.submit(sweep.run, flags, out_dir / f"{name}.log"): name for name, flags in runs.items()}
             for future in concurrent.futures.as_completed(futures):
                 name = futures[future]
                 status[name] = future.result()
                 print(f"[{len(status)}/{len(runs)}] {name}: {status[name]} ({time.time() - began:.0f} s)", flush=True)
         except KeyboardInterrupt:
             sweep.stop()
-            print(f"stopping: runs save where they are; {same} continues", file=sys.stderr)
+            vqvae.complain(f"stopping: runs save where they are; {same} continues")
             return 130
+        except BaseException:  # nobody reads the output, say: else all runs would go on, and their summary be lost
+            sweep.stop()
+            raise
 
     finished = [name for name in runs if status[name] == "finished"]
     records = analysis.load_runs([out_dir / name for name in finished])

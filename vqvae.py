@@ -74,7 +74,10 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Training stopped by a signal after saving where it was (exit code 128 + signum)."""
+    """Training stopped by a signal, its state saved, or since nobody reads the output, as of the last checkpoint.
+
+    Exit code 128 + signum.
+    """
 
     def __init__(self, message, signum):
         super().__init__(message, signum)  # both, or it could not be sent from one process to another
@@ -185,7 +188,7 @@ class Config:
         if self.dataset == "cifar10" and self.image_size != 32:
             raise UserError(f"image_size: cifar10 images are 32 pixels, not {self.image_size}; drop the setting")
         if self.dataset == "folder":  # the images are what the run is of, wherever it is continued from
-            object.__setattr__(self, "data_dir", str(Path(self.data_dir).resolve()))
+            object.__setattr__(self, "data_dir", os.path.realpath(self.data_dir))
         if self.image_size % self.downsample:
             raise UserError(f"image_size: {self.image_size} is not divisible by downsample {self.downsample}")
         if self.metric == "cosine" and self.latent_dim == 1:
@@ -220,8 +223,12 @@ class Config:
         return cls(**values)
 
     def to_dict(self) -> dict:
-        """Plain values, fit for YAML, JSON and checkpoints; infinity is the text "inf"."""
-        return {key: "inf" if value == math.inf else value for key, value in dataclasses.asdict(self).items()}
+        """Plain values, fit for YAML, JSON and checkpoints; infinity is the text "inf".
+
+        overwrite and resume, which belong to one call and not to the run, are False.
+        """
+        values = {key: "inf" if value == math.inf else value for key, value in dataclasses.asdict(self).items()}
+        return {**values, "overwrite": False, "resume": False}
 
 
 def default_trellis(config: Config) -> str:
@@ -744,7 +751,8 @@ def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
         total = _log_sum_exp(totals[t][:, :, :, None] + both[..., t, :], 1)  # (2, base, base, B)
         totals.append(total - total.amax((1, 2), keepdim=True))
     forward, backward = torch.stack(totals, 3)  # (base, base, T, B) by b'' and b'; by b and b'
-    around = forward[:, :, None] + backward.flip(2).flatten(0, 1)[branches]  # by b'', b' and b xor b'', b being b'' xor that
+    # (b'', b', c, T, B), c = b xor b'', so that the subset is base c + b'; `branches` finds backward's base b + b' there.
+    around = forward[:, :, None] + backward.flip(2).flatten(0, 1)[branches]
     return (_log_sum_exp(around, 0).transpose(0, 1).flatten(0, 1) + logs).log_softmax(0).permute(2, 1, 0)
 
 
@@ -1061,13 +1069,13 @@ class Quantizer(Float32Module):
     def restart_dead_codes(self, z):
         """Give codes below restart_threshold of the mean count a random row of z (N, D) and that count.
 
-        Returns which, (K, 1) bool. `update` derives the codebook from the EMA afterwards.
+        Returns which, (codes, 1) bool. `update` derives the codebook from the EMA afterwards.
         """
         mean_count = self.ema[:, -1].mean()
-        dead = self.ema[:, -1:] < self.restart_threshold * mean_count  # (K, 1)
+        dead = self.ema[:, -1:] < self.restart_threshold * mean_count  # (codes, 1)
         if _surely_none(dead):
             return dead
-        fresh = F.pad(self.distinct_rows(z), (0, 1), value=1.0) * mean_count  # (K, D + 1)
+        fresh = F.pad(self.distinct_rows(z), (0, 1), value=1.0) * mean_count  # (codes, D + 1)
         self.ema.copy_(torch.where(dead, fresh, self.ema))
         return dead
 
@@ -1081,9 +1089,10 @@ class Quantizer(Float32Module):
 class VQEMAQuantizer(Quantizer):
     """VQ-VAE with EMA codebook, the baseline (van den Oord 2017, appendix A.1).
 
-    recipe 'classical': codes start uniform in +-1/K and are never restarted, whatever restart_threshold; that of the docs has
-    ema_decay 0.8. recipe 'tuned': codes start at rows of the first batch, and dead codes restart, with their EMA state, at
-    random latents of the batch. Other arguments as in Quantizer. Raises ValueError on a value outside its range.
+    recipe 'classical': codes start uniform in +-1/K and are never restarted, whatever restart_threshold; Config gives it
+    ema_decay 0.8, here the caller has to. recipe 'tuned': codes start at rows of the first batch, and dead codes restart, with
+    their EMA state, at random latents of the batch. Other arguments as in Quantizer. Raises ValueError on a value outside its
+    range.
     """
 
     def __init__(self, codebook_size: int, dim: int, metric: str = "euclid", ema_decay: float = 0.9,
@@ -1112,10 +1121,10 @@ class VQEMAQuantizer(Quantizer):
         self.ema.lerp_(stats, 1 - self.ema_decay)
         if self.recipe == "tuned":
             self.restart_dead_codes(z)
-        counts = self.ema[:, -1:]  # (K, 1)
+        counts = self.ema[:, -1:]  # (codes, 1)
         total, epsilon = counts.sum(), 1e-5
         smoothed = (counts + epsilon) / (total + len(counts) * epsilon) * total  # Laplace
-        codes = self.ema[:, :-1] / smoothed  # (K, D)
+        codes = self.ema[:, :-1] / smoothed  # (codes, D)
         if self.metric == "cosine":  # the sum of a code long dead has faded and gives no direction
             codes = torch.where(codes.norm(dim=1, keepdim=True) > 1e-6, F.normalize(codes, dim=1), self.codebook)
         self.codebook.copy_(codes)
@@ -1182,7 +1191,7 @@ class BAQuantizer(Quantizer):
             sums = all_reduce(torch.cat([batch.stats.flatten(), scalars]))
             stats = sums[:-3].view_as(self.ema)
             distortion, sensitivity = sums[-3:-1] / sums[-1]
-            counts = torch.lerp(self.ema[:, -1], stats[:, -1], 1 - self.ema_decay)  # (K,)
+            counts = torch.lerp(self.ema[:, -1], stats[:, -1], 1 - self.ema_decay)  # (codes,)
             # A gain that matches the window of the EMA it reads: damped oscillations at worst.
             step = min(1.0, 2 * (1 - self.ema_decay))
             sensitivity = sensitivity.clamp_min(0.01)
@@ -1194,9 +1203,9 @@ class BAQuantizer(Quantizer):
         """Codes are the EMA of the soft centroids E[P(k|z) z] / q_k; a dead one also gets the average log prior."""
         self.ema.lerp_(stats, 1 - self.ema_decay)
         if self.entropy_weight > 1:  # the prior wants every code; one that a moving encoder left behind cannot answer
-            dead = self.restart_dead_codes(z).squeeze(1)  # (K,)
+            dead = self.restart_dead_codes(z).squeeze(1)  # (codes,)
             self.log_w.copy_(torch.where(dead, self.log_w.mean(), self.log_w))
-        counts = self.ema[:, -1:]  # (K, 1)
+        counts = self.ema[:, -1:]  # (codes, 1)
         centroids = self.ema[:, :-1] / counts.clamp_min(1e-12)
         self.codebook.copy_(self._on_sphere(torch.where(counts <= 1e-12, self.codebook, centroids)))  # <=: nan shows
 
@@ -1579,10 +1588,10 @@ def _cifar10(config, train):
         _flock(lock, root, "data_dir")  # processes that start together download once
         with contextlib.suppress(RuntimeError):
             return load()  # another was first
-        if not torchvision.datasets.utils.check_integrity(archive, CIFAR10_MD5):
-            say(f"CIFAR-10 is not in {root}: downloading 170 MB")
-            download([config.cifar10_url] if config.cifar10_url else CIFAR10_URLS, archive, CIFAR10_MD5)
         try:
+            if not torchvision.datasets.utils.check_integrity(archive, CIFAR10_MD5):
+                say(f"CIFAR-10 is not in {root}: downloading 170 MB")
+                download([config.cifar10_url] if config.cifar10_url else CIFAR10_URLS, archive, CIFAR10_MD5)
             with tarfile.open(archive) as tar:
                 tar.extractall(root, filter="data")
             return load()
@@ -2005,9 +2014,9 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def stored_config(values: dict) -> Config:
     """The Config of a stored run; without prediction or trellis where it is from before there was one.
 
-    Raises UserError, or TypeError for no dict.
+    Earlier versions stored --overwrite and --resume, too. Raises UserError, or TypeError for no dict.
     """
-    return Config.from_dict({"prediction": "none", "trellis": "none", **values})
+    return Config.from_dict({"prediction": "none", "trellis": "none", **values, "overwrite": False, "resume": False})
 
 
 def identity(config: Config) -> dict:
@@ -2080,8 +2089,7 @@ def clear_run_folder(folder):
 
 
 def config_yaml(config):
-    """The config as YAML, without the two flags that belong to one call, not to the run."""
-    return yaml.safe_dump(dataclasses.replace(config, overwrite=False, resume=False).to_dict(), sort_keys=False)
+    return yaml.safe_dump(config.to_dict(), sort_keys=False)
 
 
 def peer_of(quantizer):
@@ -2327,18 +2335,18 @@ class _Signals:
 @contextlib.contextmanager
 def _deterministic(wanted):
     """Context in which a kernel that could give other bits next time is replaced, or refused by PyTorch, where `wanted`."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first call
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
 
 
 def start_wandb(config, folder):
-    """The Weights & Biases run, resumed by id, or None. Offline without a login, so it never blocks."""
+    """The Weights & Biases run, resumed by id, or None. Offline without a login, or where no server answers within 20 s."""
     if not config.wandb or rank() != 0:
         return None
     import wandb  # not above: few runs need it
@@ -2465,6 +2473,8 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
                 raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
 
         signals.release()  # training is saved, so Ctrl-C may stop what follows at once
+        if signum := signals.agreed(step, now=True):  # received where no step was left to take
+            raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
         metrics = finish_run(config, folder, model, train_set, test_set, dtype) if rank() == 0 else {}
         if dist.is_initialized():
             dist.barrier()

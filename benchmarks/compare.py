@@ -253,8 +253,7 @@ def summary():
 def rate_distortion_figure(path):
     """PNG: PSNR against the entropy of the indices, at each K for the seed that most methods have, without those that lack it.
 
-    BA-VQ is a curve over lambda for each K, with prediction, a trellis too, and without; the other methods are points.
-
+    BA-VQ is a curve over lambda for each K and each kind in CURVES (prediction, trellis); the other methods are points.
     Left everything, with Shannon's curve of a Gaussian source from GAUSSIAN; right the neighbourhood of the longest curve.
     """
     dim, hidden, epochs = 8, 64, 10
@@ -344,8 +343,13 @@ def main(argv=None):
                     running.add(pool.submit(run, m, s, d, seed, extra, threads))
                 ended, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in ended:
+                    try:
+                        line = future.result()
+                    except concurrent.futures.BrokenExecutor as error:
+                        raise vqvae.UserError("a run was killed, perhaps for lack of memory; lower --jobs, then give the same "
+                                              "command again") from error
                     done += 1
-                    print(f"[{done}/{len(cells)}] {future.result()}", flush=True)
+                    print(f"[{done}/{len(cells)}] {line}", flush=True)
     vqvae.write_text(ROOT / "results" / "summary.md", summary())
     rate_distortion_figure(ROOT / "results" / "rate_distortion.png")
     print("wrote results/summary.md, results/rate_distortion.png")

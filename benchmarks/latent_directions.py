@@ -41,7 +41,7 @@ def describe(path):
     """The record of one run."""
     model, config = vqvae.load_model(path)
     with vqvae.eval_mode(model):
-        z = torch.cat([analysis.latents_of(model, images) for images in vqvae.test_images(config).split(500)])  # (N, D)
+        z = analysis.latents_of(model, vqvae.test_images(config))  # (N, D)
     variance, told = directions(z)
     live = vqvae.live_directions(torch.cov(z.T).view(z.shape[1], -1), math.log2(config.codebook_size)).shape[1]
     return {"run": config.name, "config": config.to_dict(), "live_directions": live, "variance": variance, "of_the_first": told}

@@ -70,6 +70,8 @@ def fsq(config):
 
 
 def lfq(config):
+    if config.codebook_size & (config.codebook_size - 1):
+        raise vqvae.UserError(f"codebook_size: LFQ needs a power of two, not {config.codebook_size}")
     return FromLibrary(library().LFQ(dim=config.latent_dim, codebook_size=config.codebook_size, entropy_loss_weight=0.01,
                                      commitment_loss_weight=0.1))
 

@@ -157,7 +157,7 @@ def price(run, weights, passes, seed):
     model, config = open_run(run)
     train_images, val_images = vqvae.training_images(config)
     with vqvae.eval_mode(model):
-        z = torch.cat([analysis.latents_of(model, images) for images in train_images[:10000].split(500)])  # (N, D)
+        z = analysis.latents_of(model, train_images[:10000])  # (N, D)
         plain = unquantized_psnr(model, val_images)
         d = vqvae.live_directions(torch.cov(z.T).view(z.shape[1], -1), math.log2(config.codebook_size)).shape[1]
         record = {"run": config.name, "config": config.to_dict(), "unquantized_psnr": plain, "live_directions": d,

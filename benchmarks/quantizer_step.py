@@ -145,7 +145,7 @@ def measure_memory(method, k, d, n, device):
 
 
 NAMES = {"vq_ema": "VQ-EMA", "ba_vq": "BA-VQ", "ba_vq_chunked": "BA-VQ chunked", "ba_vq_fused": "BA-VQ fused",
-         "lib_ema": "lib EMA", "lib_simvq": "SimVQ"}
+         "lib_ema": "lib EMA", "lib_simvq": "SimVQ", "floor": "floor"}
 
 
 def table(heads, rows):
@@ -164,9 +164,8 @@ def time_table(records, methods):
         t = {**r["seconds"], "floor": r["floor"]}
         rows.append([r["K"], r["D"], r["N"], *(f"{t[m] * 1e3:.3g}" if m in t else "–" for m in ("floor", *methods)),
                      *(f"{t[a] / t[b]:.2f}" if a in t else "–" for a, b in ratios)])
-    names = {**NAMES, "floor": "floor"}
-    return table(["K", "D", "N", *(f"{names[m]} ms" for m in ("floor", *methods)),
-                  *(f"{names[a]} / {names[b]}" for a, b in ratios)], rows)
+    return table(["K", "D", "N", *(f"{NAMES[m]} ms" for m in ("floor", *methods)),
+                  *(f"{NAMES[a]} / {NAMES[b]}" for a, b in ratios)], rows)
 
 
 def memory_table(records, method):

@@ -4,7 +4,8 @@
     python benchmarks/scaling.py --summary             # only write results/scaling.md again from results/speed/scaling_*.json
     python benchmarks/scaling.py --max_processes 4 --device cuda --methods vq_ema,ba_vq_chunked,ba_vq_fused
 
-Every point is a fresh process, but on CUDA: extra peak memory of the first step, then the median time of further steps.
+Every point has fresh processes, but for a single one on CUDA: extra peak memory of the first step, then the median time of
+further steps.
 Exponents are least-squares slopes of log y against log x. Several processes share the same N latents (gloo, or nccl with a
 GPU each) and have the same number of threads each. Raw values go to results/speed/scaling_DEVICE.json.
 """

@@ -142,7 +142,7 @@ def step_floor(config, device):
 
     counter = FlopCounterMode(display=False)
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with vqvae._autocast(device, dtype):
             y = model(x, quantize=False).images
         F.mse_loss(y.float(), x).backward()
     parameters = 4 * sum(p.numel() for p in model.parameters())

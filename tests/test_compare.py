@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -73,6 +75,19 @@ def test_no_run_begins_after_a_failure(results, tiny, tmp_path, monkeypatch):
     words = ["--methods", "vq_ema", "--codebook_sizes", "4,8,16,32", "--latent_dims", "4", "--seeds", "0", *flags]
     assert vqvae.run_command(lambda: compare.main(words)) == 130
     assert begun == [4, 8]
+
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_that_is_killed_is_named_in_one_line(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "run", killed)
+    words = ["--methods", "vq_ema", "--codebook_sizes", "16", "--latent_dims", "4", "--seeds", "0", "--dataset", "dead_leaves"]
+    assert vqvae.run_command(lambda: compare.main(words)) == 2
+    assert capsys.readouterr().err == ("error: a run was killed, perhaps for lack of memory; lower --jobs, then give the same "
+                                       "command again\n")
 
 
 def test_a_killed_comparison_leaves_no_run_behind(tiny, tmp_path):

@@ -190,11 +190,13 @@ def test_images_of_more_than_8_bits_are_refused_not_clipped(tmp_path, kind):
         vqvae.training_images(folder_config(tmp_path, val_size=0))
 
 
-@pytest.mark.parametrize("layout", ["missing", "empty", "no images", "a file"])
+@pytest.mark.parametrize("layout", ["missing", "empty", "no images", "a file", "a circle"])
 def test_folders_without_images(tmp_path, layout):
     root = tmp_path / "data"
     if layout == "a file":
         root.write_text("x")
+    elif layout == "a circle":
+        root.symlink_to(root)
     elif layout != "missing":
         root.mkdir()
         if layout == "no images":
@@ -302,6 +304,16 @@ def test_unreadable_cifar10_is_one_clear_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", refused)
     with pytest.raises(UserError, match="cannot read CIFAR-10 in .*Permission denied.*--data_dir"):
+        vqvae.training_images(Config(data_dir=str(tmp_path)))
+
+
+def test_an_unreadable_archive_is_one_clear_error(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("torchvision.datasets.utils.check_integrity", refused)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("not there")))
+    with pytest.raises(UserError, match="cifar-10-python.tar.gz: cannot unpack it.*Permission denied"):
         vqvae.training_images(Config(data_dir=str(tmp_path)))
 
 

@@ -301,6 +301,8 @@ def test_bad_words_give_one_line(words, tmp_path, monkeypatch, capsys):
 
 def test_checkpoints_that_share_a_folder_are_refused(tmp_path):
     paths = [tmp_path / "final_model.pt", tmp_path / "checkpoint_epoch_0001.pt"]
+    (tmp_path / "circle").symlink_to("circle")
+    assert eval_cifar.find_checkpoints([tmp_path / "circle" / "x.pt"])  # and is then no file
     with pytest.raises(vqvae.UserError, match="share a folder"):
         eval_cifar.find_checkpoints(paths)
 
@@ -315,7 +317,7 @@ def test_too_few_images_for_inception_metrics(run_folder, stand_in, capsys):
 def test_a_bad_inception_file_is_named(run_folder, tmp_path, capsys):
     (tmp_path / "bad.pt").write_bytes(b"no network")
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "foreign.pt")
-    for file in ("bad.pt", "missing.pt", "foreign.pt"):
+    for file in ("bad.pt", "missing.pt", "foreign.pt", "x" * 300):
         words = ["--checkpoint", str(run_folder), "--inception", str(tmp_path / file)]
         assert vqvae.run_command(partial(eval_cifar.main, words)) == 2
         err = capsys.readouterr().err

@@ -38,6 +38,8 @@ def test_what_is_read_is_not_written_over(checkpoint, tmp_path, capsys):
     assert not run("encode", "--checkpoint", checkpoint, "--output", codes)
     before = checkpoint.read_bytes(), codes.read_bytes()
     (tmp_path / "link").symlink_to(checkpoint.parent)
+    (tmp_path / "circle").symlink_to("circle")
+    assert run("encode", "--checkpoint", checkpoint, "--output", tmp_path / "circle" / "x.npz") == 2
     for words in (("encode", "--output", checkpoint), ("encode", "--output", tmp_path / "link" / checkpoint.name),
                   ("decode", "--input", codes, "--output", codes)):
         for given in (checkpoint, checkpoint.parent):
@@ -118,6 +120,7 @@ def test_bad_files_give_one_line(checkpoint, tmp_path, capsys):
     np.savez(tmp_path / "size.npz", indices=good, codebook_size=99)
     np.savez(tmp_path / "range.npz", indices=good + 200, codebook_size=16)
     np.savez(tmp_path / "shape.npz", indices=good[0], codebook_size=16)
+    np.savez(tmp_path / "grid.npz", indices=good[:, :1, :1], codebook_size=16)
     np.savez(tmp_path / "keys.npz", other=good)
     np.savez(tmp_path / "pickle.npz", indices=np.array([{}], dtype=object), codebook_size=16)
     (tmp_path / "text.npz").write_text("hello")
@@ -126,7 +129,7 @@ def test_bad_files_give_one_line(checkpoint, tmp_path, capsys):
     data = bytearray((tmp_path / "flipped.npz").read_bytes())
     data[60:70] = bytes(10)  # of the compressed indices: zlib.error
     (tmp_path / "flipped.npz").write_bytes(data)
-    for name in ("size", "range", "shape", "keys", "pickle", "text", "infinite", "flipped", "missing"):
+    for name in ("size", "range", "shape", "grid", "keys", "pickle", "text", "infinite", "flipped", "missing"):
         code = run("decode", "--checkpoint", checkpoint, "--input", tmp_path / f"{name}.npz", "--output", tmp_path / "out.npz")
         err = capsys.readouterr().err
         assert code == 2 and err.count("\n") == 1 and f"{name}.npz" in err, (name, err)

@@ -109,6 +109,11 @@ def test_fsq_names_its_sizes(tiny_config):
         peers.PEERS["lib_fsq"](tiny_config(codebook_size=100))
 
 
+def test_lfq_names_its_sizes(tiny_config):
+    with pytest.raises(vqvae.UserError, match="power of two, not 500"):
+        peers.PEERS["lib_lfq"](tiny_config(codebook_size=500))
+
+
 def test_missing_library_is_named(monkeypatch, tiny_config):
     monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
     with pytest.raises(vqvae.UserError, match="pip install vector-quantize-pytorch"):

@@ -213,13 +213,14 @@ def test_hanging_killed_and_broken_runs_do_not_stop_the_others(tmp_path, monkeyp
     (tmp_path / "metrics").write_text((ROOT / "results" / "sample" / "ba_vq_k128_s0" / "final_metrics.json").read_text())
     monkeypatch.setattr(run_gpu_experiments, "SCRIPTS", tmp_path)
     (tmp_path / "experiments" / "gpu_vq_ema_k512.log").mkdir(parents=True)  # its log cannot be opened
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
     try:
         overwrite = ["--overwrite"] if jobs == "3" else []  # said again it would begin anew
         assert run_gpu_experiments.main(["--timeout", "2", "--jobs", jobs, *overwrite]) == 1
         assert ("run the same command without --overwrite again" in capsys.readouterr().err) == bool(overwrite)
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     summary = json.loads((tmp_path / "experiments" / "gpu_run_summary.json").read_text())
     status = summary["status"]
     assert status.pop("gpu_vq_ema_k512").startswith("could not start: ")
@@ -249,6 +250,33 @@ def test_the_sweep_stops_cleanly(tmp_path):
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "same command continues" in err
     assert "the same command resumes" in log.read_text()
+
+
+@pytest.mark.parametrize("cause", ["no reader", "a closed terminal"])
+def test_the_sweep_ends_its_runs_where_nobody_reads_or_the_terminal_closes(tmp_path, cause):
+    (tmp_path / "train.py").write_text("import sys, time\nprint('started', flush=True)\ntime.sleep(float(sys.argv[-1]))\n")
+    (tmp_path / "config_gpu.yaml").write_text("batch_size: 256\n")
+    seconds = "1" if cause == "no reader" else "60"
+    start = (f"import signal, sys; sys.path.insert(0, {str(ROOT)!r}); import run_gpu_experiments as r, train, vqvae; "
+             f"signal.signal(signal.SIGHUP, signal.SIG_DFL); r.SCRIPTS = r.Path({str(tmp_path)!r}); "
+             f"r.run_flags = lambda run, extra: [{seconds!r}]; train.config_from = lambda flags: (vqvae.Config(), False); "
+             "sys.exit(vqvae.run_command(r.main))")
+    with subprocess.Popen([sys.executable, "-c", start], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        logs = tmp_path / "experiments"
+        deadline = time.time() + 60
+        while time.time() < deadline and not any("started" in log.read_text() for log in logs.glob("*.log")):
+            time.sleep(0.05)
+        began = time.time()
+        if cause == "no reader":
+            process.stdout.close()
+        else:
+            process.send_signal(signal.SIGHUP)
+        err = process.stderr.read()
+        process.wait(30)
+    assert time.time() - began < 30 and err.count("\n") == 1, err
+    assert process.returncode == (141 if cause == "no reader" else 130)
+    assert sum("started" in log.read_text() for log in logs.glob("*.log")) <= 2  # of eight
 
 
 def test_extended_runs(script, tmp_path):
@@ -356,7 +384,7 @@ def test_comparison_table(tiny_config, capsys):
             analysis.main([str(folder / "vq_ema")])
 
 
-def test_a_run_given_twice_is_one_and_a_peer_is_no_vq_ema(tiny_config, capsys):
+def test_a_run_given_twice_is_one_and_a_peer_is_no_vq_ema(tiny_config, monkeypatch, capsys):
     class Peer(vqvae.VQEMAQuantizer):
         pass
 
@@ -369,6 +397,11 @@ def test_a_run_given_twice_is_one_and_a_peer_is_no_vq_ema(tiny_config, capsys):
     assert [record["method"] for record in both] == ["VQ-EMA tuned scaled trellis 16", "Peer"]
     assert "Peer" in analysis.over_seeds(both) and "±" not in analysis.over_seeds(both)
     assert out.count("VQ-EMA tuned") == 1 and "left out, quantizers of benchmarks/peers.py: other" in out
+    (folder / "own" / "wandb").mkdir()
+    (folder / "summary.png").unlink()
+    monkeypatch.chdir(folder / "own" / "wandb")
+    analysis.main([".."])
+    assert "own" in capsys.readouterr().out and (folder / "summary.png").exists()
 
 
 @pytest.mark.parametrize("words", [[], ["nowhere"], ["--sort_by"]])

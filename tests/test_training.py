@@ -190,6 +190,17 @@ def test_a_finished_run_is_not_repeated(tiny_config, capsys):
     assert (vqvae.Path(tiny_config().out_dir) / "tiny" / "final_model.pt").stat().st_mtime_ns == before
 
 
+def test_the_config_of_a_stored_run_does_not_overwrite_it(tiny_config, capsys):
+    folder = vqvae.Path(tiny_config().out_dir) / "tiny"
+    assert not vqvae.train(tiny_config(overwrite=True))["config"]["overwrite"]
+    config = vqvae.load_model(folder)[1]
+    assert not config.overwrite and vqvae.train(config) and "already finished" in capsys.readouterr().out
+    state = torch.load(folder / "final_model.pt", weights_only=True)
+    state["config"]["overwrite"] = True  # as earlier versions stored it
+    torch.save(state, folder / "final_model.pt")
+    assert not vqvae.load_model(folder)[1].overwrite
+
+
 def test_another_config_is_refused_with_the_difference(tiny_config):
     vqvae.train(tiny_config())
     with pytest.raises(vqvae.UserError, match=r"lr 0\.003 -> 0\.01.*--overwrite"):
@@ -376,6 +387,17 @@ def test_a_signal_in_the_last_step_is_heard(tiny_config, monkeypatch):
     assert vqvae.train(tiny_config())["num_images"] == 40 and calls[0] == 12
 
 
+def test_a_signal_where_no_step_is_left_is_heard(tiny_config, monkeypatch):
+    vqvae.train(tiny_config())
+    done = vqvae.Path(tiny_config().out_dir) / "tiny" / "final_metrics.json"
+    done.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(vqvae, "start_wandb", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(vqvae.Interrupted, match="step 12 of 12"):
+            vqvae.train(tiny_config())
+    assert not done.exists() and vqvae.train(tiny_config())["num_images"] == 40
+
+
 def test_a_hang_up_stops_a_run_but_not_under_nohup(tiny_config, monkeypatch):
     real_step = vqvae.train_step
 
@@ -477,6 +499,15 @@ def test_deterministic_kernels_are_asked_for_during_the_run_only(tiny_config, mo
     asked = vqvae.train(tiny_config(name="asked", deterministic=True))
     assert set(seen) == {(True, ":4096:8")} and not torch.are_deterministic_algorithms_enabled()
     assert {**plain, "config": None} == {**asked, "config": None}
+
+
+def test_determinism_that_the_caller_asked_for_stays(tiny_config):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        vqvae.train(tiny_config(epochs=1))
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
