@@ -84,8 +84,9 @@ METHODS.update({f"{name}_warmup20": [*METHODS[name], "--warmup_fraction", "0.2"]
 RESULTS = ROOT / "results" / "compare"
 GAUSSIAN = ROOT / "results" / "gaussian_source.json"  # gaussian_source.py writes it
 REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of this project only)
-COLORS, MARKERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "s^Dv"  # every pair of them once in 20 methods
-LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_predictive": "VQ-EMA tuned, prediction",
+COLORS, MARKERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "s^DvPX"  # every pair of them once in 30 methods
+LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_no_warmup": "VQ-EMA tuned, no warm-up", "ba_vq_no_warmup": "BA-VQ (λ=10), no warm-up",
+          "vq_ema_predictive": "VQ-EMA tuned, prediction",
           "vq_ema_predictive_trellis": "VQ-EMA tuned, prediction and trellis",
           "vq_ema_scaled": "VQ-EMA tuned, scaled prediction",
           "vq_ema_scaled_trellis": "VQ-EMA tuned, scaled prediction, 4 states",
