@@ -74,10 +74,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Training stopped by a signal, its state saved, or since nobody reads the output, as of the last checkpoint.
-
-    Exit code 128 + signum.
-    """
+    """Training stopped (exit code 128 + signum): by a signal, and saved, or as nobody reads it, at the last checkpoint."""
 
     def __init__(self, message, signum):
         super().__init__(message, signum)  # both, or it could not be sent from one process to another
