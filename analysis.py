@@ -131,18 +131,18 @@ def _cells(values, columns):
     return [form.format(values[key]) if key in values else "-" for key, _, form in columns]  # no SSIM below 11 pixels
 
 
-def _sort_value(record, key):
-    """A record's metric or setting as something that sorts: None last, "inf" as a number."""
+def _sort_value(record, key, descending=False):
+    """A record's metric or setting as something that sorts, up or down: None last, "inf" as a number."""
     values = {**record["config"], **record}
     value = values.get(key)  # no SSIM below 11 pixels
-    return value is None, math.inf if key == "entropy_weight" and value == "inf" else value
+    return (value is None) != descending, math.inf if key == "entropy_weight" and value == "inf" else value
 
 
 def table(records, sort_by="name", descending=False):
     """Text table of runs, sorted by any metric or setting, and of the BA-over-EMA differences. Raises UserError."""
     if sort_by == "config" or not any(sort_by in record or sort_by in record["config"] for record in records):
         raise vqvae.UserError(f"sort_by: no metric or setting is called {sort_by!r}; final_metrics.json has their names")
-    records = sorted(records, key=lambda record: _sort_value(record, sort_by), reverse=descending)
+    records = sorted(records, key=lambda record: _sort_value(record, sort_by, descending), reverse=descending)
     lines = aligned([["run", "method", "K", "D", "seed", *(title for _, title, _ in COLUMNS)]] + [
         [record["name"], record["method"], *(str(record["config"][key]) for key in ("codebook_size", "latent_dim", "seed")),
          *_cells(record, COLUMNS)] for record in records])

@@ -108,20 +108,13 @@ def find_inception(path=None):
         if not is_readable(Path(path)):
             raise vqvae.UserError(f"inception: {path} is no file that can be read; give the path of {INCEPTION_NAME}")
         return Path(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqvae"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = Path("/tmp") if caches.startswith("~") else Path(caches, "vqvae")  # nobody's home is known: containers
     for folder in (cache, Path("/tmp")):  # clean-fid itself keeps it in /tmp
         if is_readable(folder / INCEPTION_NAME):
             return folder / INCEPTION_NAME
     vqvae.download([INCEPTION_URL], cache / INCEPTION_NAME)
     return cache / INCEPTION_NAME
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def original_features(images, inception, batch_size):
@@ -158,7 +151,9 @@ def find_checkpoints(words):
     """The checkpoint files named, and every final_model.pt below the folders named, but for peers. Raises UserError."""
     found = []
     for path in map(Path, words):
-        files = sorted(filter(loads_again, path.rglob("final_model.pt"))) if os.path.isdir(path) else [path]
+        files = [path]
+        if os.path.isdir(path):
+            files = sorted(file for file in vqvae.files_below(path) if file.name == "final_model.pt" and loads_again(file))
         if not files:
             raise vqvae.UserError(f"checkpoint: no final_model.pt to evaluate below {path}")
         found += files
@@ -231,13 +226,15 @@ def main(argv=None):
     paths = find_checkpoints(options.checkpoint)
     device, reason = vqvae.pick_device(options.device)
     print(f"device: {device} ({reason})")
-    for path in paths:
-        vqvae.load_model(path)  # a bad one is found before any work is done
+    for path in paths:  # before any work is done
+        vqvae.load_model(path)
+        vqvae.check_writable(path.parent / "eval_metrics.json")
     inception, missing = None, None
     if not options.no_fid:
         try:
             weights = find_inception(options.inception)
-            source = {"fid_mode": options.mode, "inception_path": str(weights), "inception_sha256": sha256(weights),
+            source = {"fid_mode": options.mode, "inception_path": str(weights),
+                      "inception_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
                       "clean_fid_version": metadata.version("clean-fid")}
             inception = Inception(weights, options.mode, device), source
         except vqvae.UserError as error:

@@ -59,7 +59,7 @@ def bits_per_pixel(model, indices, codebook_size, pixels):
 
 def weights_digest(model):
     """Tells the models apart whose codes are not each other's."""
-    return vqvae.digest(value for _, value in sorted(model.state_dict().items()) if torch.is_tensor(value))
+    return vqvae.digest(value for _, value in sorted(model.state_dict().items()))
 
 
 def save_npz(path, **arrays):
@@ -132,6 +132,7 @@ def main(argv=None):
     read = {checkpoint, checkpoint / "final_model.pt", *([Path(options.input)] if options.command == "decode" else [])}
     if os.path.realpath(options.output) in map(os.path.realpath, read):  # Path.resolve raises RuntimeError for a circle of links
         raise vqvae.UserError(f"output: {options.output} is read, too, and would be lost; choose another file")
+    vqvae.check_writable(options.output)
     device, _ = vqvae.pick_device(options.device)
     model, config = vqvae.load_model(checkpoint, device)
     options.function(options, model, config)

@@ -37,6 +37,7 @@ import functools
 import hashlib
 import http.client
 import importlib.util
+import io
 import json
 import math
 import os
@@ -65,7 +66,7 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-FORMAT_VERSION = 4  # of checkpoints and final models; 1 and 3 are read, too, but no trellis of theirs, which had other paths
+FORMAT_VERSION = 5  # of checkpoints and final models; 1, 3 and 4 are read, too, but no trellis of 1 and 3, which had other paths
 RECON_WEIGHT = 8.0  # of the mean squared error of [0, 1] images against the commitment loss
 
 
@@ -184,6 +185,8 @@ class Config:
             raise UserError(f"name: {self.name!r} must be letters, digits, '.', '_' and '-', the first a letter or digit")
         if self.dataset == "cifar10" and self.image_size != 32:
             raise UserError(f"image_size: cifar10 images are 32 pixels, not {self.image_size}; drop the setting")
+        for name in ("data_dir", "out_dir"):  # a shell does not see those in a YAML file
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         if self.dataset == "folder":  # the images are what the run is of, wherever it is continued from
             object.__setattr__(self, "data_dir", os.path.realpath(self.data_dir))
         if self.image_size % self.downsample:
@@ -502,7 +505,7 @@ def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | 
     Minimises I(X; K) + beta * E[d] in nats by alternating P(k|x) ~ q_k exp(-beta d(x, k)) and
     q_k = E_x[P(k|x)], until the upper and the lower bound on the minimum are within `tolerance`.
 
-    distances: (N, K) d(x, k) >= 0, computed with in its own dtype (use float64 for tight tolerances).
+    distances: (N, K) d(x, k), computed with in its own dtype (use float64 for tight tolerances).
     beta: slope >= 0, nats per unit of distortion.  source: (N,) p(x), default uniform.
     prior: (K,) first q, positive, default uniform.  tolerance: bound gap in bits.
     Returns RateDistortion(P, q, rate in bits, distortion).
@@ -552,9 +555,13 @@ FUSED_UP_TO = 64  # dimensions of the latents: beyond, a large codebook's fused 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24, "mps": 1 << 23}  # of the N x K score matrix alive at once
 
 
+def _elements_at_once(device):
+    return CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["mps"])  # of others, none of which were measured
+
+
 def _rows_at_once(codes, z):
     """As many rows of z (N, D) as keep n x K scores within CHUNK_ELEMENTS; at least D, since O(K D) of memory is spent anyway."""
-    return max(z.shape[1], CHUNK_ELEMENTS[z.device.type] // codes)
+    return max(z.shape[1], _elements_at_once(z.device) // codes)
 
 
 def _chunks(codes, z, *others):
@@ -567,9 +574,9 @@ def _half_norms(codebook):
     return codebook.square().sum(1) / 2
 
 
-def _scores(z, codebook, halves):
+def _scores(z, codebook, half_norms):
     """z . e_k - |e_k|^2 / 2, (n, K): larger is nearer; |z|^2 - 2 score is the squared distance."""
-    return torch.addmm(-halves, z, codebook.T)
+    return torch.addmm(-half_norms, z, codebook.T)
 
 
 def _best(scores):
@@ -586,10 +593,10 @@ def _best(scores):
 
 def nearest_code(z, codebook):
     """Index (N,) of the code nearest to each row of z (N, D) in squared distance; codebook (K, D)."""
-    halves = _half_norms(codebook)
-    indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # whole: kept pieces fragment the heap
+    half_norms = _half_norms(codebook)
+    indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # pieces kept from each chunk would fragment the heap
     for chunk, nearest in _chunks(len(codebook), z, indices):
-        nearest[:] = _best(_scores(chunk, codebook, halves))[1]
+        nearest[:] = _best(_scores(chunk, codebook, half_norms))[1]
     return indices
 
 
@@ -615,6 +622,10 @@ def _softmax(logs):
     return weights.div_(weights.sum(1, keepdim=True))
 
 
+# An index is what is stored, and counted as rate: in [0, K). A number is that of a row of the codebook: the same, but with a
+# trellis in [0, m K). Functions of single latents know numbers only.
+
+
 class Assignment(NamedTuple):
     """What one E-step leaves of the N x K matrix."""
 
@@ -627,15 +638,15 @@ class Assignment(NamedTuple):
 def soft_assign(z, codebook, log_w, temperature):
     """E-step: P(k|z) ~ w_k exp(-d(z, e_k) / temperature), d the squared distance, reduced to sums chunk by chunk.
 
-    z (N, D), codebook (K, D), log_w (K,), temperature () > 0 in units of d.
+    z (N, D), codebook (K, D), log_w (K,), temperature () in units of d, at least 1e-30.
     No N x K tensor beyond one chunk; nothing is differentiated. Returns Assignment.
     """
-    halves = _half_norms(codebook)
+    half_norms = _half_norms(codebook)
     stats = z.new_zeros(z.shape[1] + 1, len(codebook))  # (D + 1, K): products with rows of P are fast this way round
     best_sum, squares = z.new_zeros(()), z.new_zeros(())
-    indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # whole: kept pieces fragment the heap
+    indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # pieces kept from each chunk would fragment the heap
     for chunk, nearest in _chunks(len(codebook), z, indices):  # (n, D), (n,)
-        scores = _scores(chunk, codebook, halves)  # (n, K)
+        scores = _scores(chunk, codebook, half_norms)  # (n, K)
         best, nearest[:] = _best(scores)  # (n,)
         # Subtracting the best first keeps exact ties exact at any temperature.
         P = _softmax(scores.sub_(best[:, None]).mul_(2 / temperature).add_(log_w))  # (n, K)
@@ -661,10 +672,10 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     """One damped step of the log prior log w (K,) towards log w = (1 - lambda) log(K q).
 
     q (K,) marginal; entropy_weight lambda in [0, inf]; step eta in (0, 1]; sensitivity s in (0, 1],
-    used for lambda > 1: mean of d log q_k / d log w_k (0 for hard assignments), by which the step is scaled as Newton's method
-    with that diagonal asks, since at a low temperature q hardly answers to w. lambda = 0 and eta = 1 is Blahut-Arimoto's q
-    update; lambda = inf is dual ascent on q_k = 1/K, where eta = s = 1 a Sinkhorn half-step for codes that have too much
-    (Cuturi 2013).
+    used for lambda > 1: mean of d log q_k / d log w_k, which goes to 0 as assignments get hard, so the caller bounds it. The step
+    is scaled by it as Newton's method with that diagonal asks, since at a low temperature q hardly answers to w. lambda = 0 and
+    eta = 1 is Blahut-Arimoto's q update; lambda = inf is dual ascent on q_k = 1/K, where eta = s = 1
+    a Sinkhorn half-step for codes that have too much (Cuturi 2013).
     """
     if entropy_weight <= 1:
         return log_w + step * ((1 - entropy_weight) * (q * len(q)).clamp_min(1e-12).log() - log_w)
@@ -768,7 +779,7 @@ def _on_path(function, values):
 def _by_paths(function, values):
     """function(values) of values (B, T, subsets), for as many paths at once as keep their branches within CHUNK_ELEMENTS."""
     length, subsets = values.shape[1:]
-    paths = max(1, CHUNK_ELEMENTS[values.device.type] // (length * subsets * trellis_base(subsets)))
+    paths = max(1, _elements_at_once(values.device) // (length * subsets * trellis_base(subsets)))
     return torch.cat([_on_path(function, some) for some in values.split(paths)])
 
 
@@ -822,14 +833,14 @@ def nearest_path(z, codebook, length, states, weights):
     A path is the `length` rows of an image; codebook (codes, D), of as many subsets as `states`. The scores are computed for the
     best of each subset and, once the path is known, where need be again for its place.
     """
-    halves, size = _half_norms(codebook), len(codebook) // states
+    half_norms, size = _half_norms(codebook), len(codebook) // states
     best, numbers = z.new_empty(len(z), states), torch.empty(len(z), dtype=torch.int64, device=z.device)
     for chunk, its_best in _chunks(len(codebook), z, best):
-        its_best[:] = _scores(chunk, codebook, halves).view(len(chunk), states, size).amax(2)
+        its_best[:] = _scores(chunk, codebook, half_norms).view(len(chunk), states, size).amax(2)
     subsets = _cheapest_subsets(best, length, weights)  # (N, 1)
     on_path = subsets == torch.arange(states, device=z.device)  # (N, states)
     for rows, part, codes in _wanted_parts(on_path, z, size):
-        scores = _scores(z[rows], codebook[codes], halves[codes]).unflatten(1, (-1, size))  # (n, subsets, size)
+        scores = _scores(z[rows], codebook[codes], half_norms[codes]).unflatten(1, (-1, size))  # (n, subsets, size)
         numbers[rows] = codes.start + _best_in(subsets[rows] - part.start, scores)[1]
     return numbers
 
@@ -845,7 +856,7 @@ def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
     code that has starved would get all such rows. Returns Assignment: its numbers are those of the nearest paths, its score is
     weighted, its sums are not. The scores are computed before the paths are known and, where need be, again after.
     """
-    halves, size = _half_norms(codebook), len(codebook) // states
+    half_norms, size = _half_norms(codebook), len(codebook) // states
     best, log_sums = z.new_empty(2, len(z), states)  # of each subset: best score; log of its summed factors, relative to it
     slope = (2 / temperature).clamp_max(1e36)  # of a log factor over the score
 
@@ -854,7 +865,7 @@ def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
         return scores.sub_(its_best[:, :, None]).mul_(slope).add_(its_log_w.view(-1, size))
 
     for chunk, its_best, its_sums in _chunks(len(codebook), z, best, log_sums):
-        scores = _scores(chunk, codebook, halves).view(len(chunk), states, size)
+        scores = _scores(chunk, codebook, half_norms).view(len(chunk), states, size)
         its_best[:] = scores.amax(2)
         its_sums[:] = _log_sum_exp(log_factors(scores, its_best, log_w), 2)
     subsets = _cheapest_subsets(best, length, weights)  # (N, 1)
@@ -867,7 +878,7 @@ def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
     stats, squares = z.new_zeros(z.shape[1] + 1, len(codebook)), z.new_zeros(())
     for rows, part, codes in _wanted_parts((posterior > LEAST_LOG_P) | on_path, z, size):
         chunk, its_path = z[rows], on_path[rows, part]
-        scores = _scores(chunk, codebook[codes], halves[codes]).unflatten(1, (-1, size))  # (n, subsets, size)
+        scores = _scores(chunk, codebook[codes], half_norms[codes]).unflatten(1, (-1, size))  # (n, subsets, size)
         nearest, number = _best_in(its_path.int().argmax(1, keepdim=True), scores)
         numbers[rows] = torch.where(its_path.any(1), codes.start + number, numbers[rows])
         # A product of another shape rounds otherwise, and with its own best the most probable code is exact.
@@ -896,14 +907,19 @@ def sample_rows(z, count):
     return all_reduce(torch.where(mine[:, None], z[pick % len(z)], 0))  # (count, D)
 
 
+def _can_look(tensor):
+    """Whether the values of a tensor can be looked at without waiting for a GPU, or breaking the graph of a compiler."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _surely_none(mask):
-    """Whether no entry of a bool tensor is set, as far as can be told without waiting for a GPU."""
-    return mask.device.type == "cpu" and not mask.any()
+    """Whether no entry of a bool tensor is set, as far as can be told."""
+    return _can_look(mask) and not mask.any()
 
 
 def _surely_few(mask):
     """Whether less than two thirds of a bool tensor are set, likewise."""
-    return mask.device.type == "cpu" and 3 * int(mask.sum()) < 2 * mask.numel()
+    return _can_look(mask) and 3 * int(mask.sum()) < 2 * mask.numel()
 
 
 class Float32Module(nn.Module):
@@ -953,26 +969,31 @@ class Quantizer(Float32Module):
         self.trellis = trellis
         codes = trellis_base(trellis) * codebook_size
         self.ema_decay, self.commitment_weight, self.restart_threshold = ema_decay, commitment_weight, restart_threshold
-        self.initialized = False
+        self._has_started = False  # once seen, `initialized` need not be asked again, for which a GPU would be waited for
         self.register_buffer("codebook", torch.zeros(codes, dim, dtype=torch.float32))
         self.register_buffer("ema", torch.zeros(codes, dim + 1, dtype=torch.float32))  # per code: sum of vectors, count
 
     def extra_repr(self):
         return f"{self.codebook_size}, {self.dim}, metric={self.metric!r}, ema_decay={self.ema_decay}, trellis={self.trellis}"
 
-    def get_extra_state(self):  # in state_dict(); a host-side flag, so that forward needs no sync
-        return {"initialized": self.initialized}
+    @property
+    def initialized(self) -> bool:
+        """Whether the codes have been placed: the EMA counts say so, wherever they were trained or copied from."""
+        return bool(self.ema[:, -1].any())
 
-    def set_extra_state(self, state):
-        self.initialized = state["initialized"]
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        state_dict.pop(f"{prefix}_extra_state", None)  # up to format version 4
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._has_started = False
 
     def set_progress(self, progress: float) -> None:
         """Tell the quantizer how far training is, in [0, 1], for its schedules. Called every step; nothing to do here."""
 
-    def assign(self, z: torch.Tensor, length: int = 1, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def assign(self, z: torch.Tensor, length: int, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents z (N, D) -> numbers of their codes (N,), and per code [sum of vectors, count] (codes, D + 1).
 
-        The sums are over all processes. A trellis needs the length of its paths, in rows of z, and weights (N,) of their errors.
+        The sums are over all processes. A trellis needs the length of its paths, in rows of z, and weights (N,) of their errors;
+        without one both are ignored.
         """
         raise NotImplementedError
 
@@ -990,17 +1011,17 @@ class Quantizer(Float32Module):
         """Look up codes: indices (B, ...) int64 -> (B, ..., D), with a trellis those of an image for each of B."""
         return F.embedding(self.code_numbers(indices), self.codebook)
 
-    def nearest(self, z: torch.Tensor, length: int = 1, weights: torch.Tensor | None = None) -> torch.Tensor:
+    def nearest(self, z: torch.Tensor, length: int, weights: torch.Tensor | None) -> torch.Tensor:
         """Numbers (N,) of the codes nearest to the rows of z (N, D); length and weights as in `assign`."""
         return nearest_path(z, self.codebook, length, self.trellis, weights) if self.trellis else nearest_code(z, self.codebook)
 
     def forward(self, z: torch.Tensor, weights: torch.Tensor | None = None) -> Quantized:
         """z (B, D, H, W), (B, D, n) or (N, D), any float dtype -> Quantized(z_q, indices, loss).
 
-        weights (B, H, W), (B, n) or (N,), above 0: how much the squared error of each latent counts on the path through a
-        trellis, against the others of its path; None: all the same. Centroids and commitment loss are without them, as is a
-        quantizer without a trellis. In training the first batch initialises the codebook, and every batch updates it after its
-        own look-up. Raises ValueError on a wrong shape or an empty batch.
+        weights (B, H, W) or (B, n), above 0, which is not checked: how much the squared error of each latent counts on the path
+        through a trellis, against the others of its path; None: all the same. Centroids and commitment loss are without them, as
+        is a quantizer without a trellis. In training the first batch initialises the codebook, and every
+        batch updates it after its own look-up. Raises ValueError on a wrong shape or an empty batch.
         """
         if z.dim() == 2 and self.trellis:
             raise ValueError(f"a trellis needs to know which latents are one path: (B, {self.dim}, n) or (B, {self.dim}, H, W)")
@@ -1013,11 +1034,7 @@ class Quantizer(Float32Module):
             rows = z.movedim(1, -1)  # (B, ..., D)
             length = rows[0].numel() // self.dim
             flat = self._on_sphere(rows.reshape(-1, self.dim).float())  # (N, D)
-            weights = rows.new_ones(rows.shape[:-1]) if weights is None else weights
-            if weights.shape != rows.shape[:-1]:
-                raise ValueError(f"expected weights {tuple(rows.shape[:-1])}, got {tuple(weights.shape)}")
-            weights = weights.detach().float().reshape(-1, length)
-            weights = (weights / weights.mean(1, keepdim=True)).flatten()  # (N,)
+            weights = self._path_weights(weights, rows) if self.trellis else None
             if self.training:
                 quantized, numbers = self._train_step(flat.detach(), length, weights)
             else:
@@ -1034,11 +1051,20 @@ class Quantizer(Float32Module):
             indices = path_indices(numbers.view(-1, length), self.codebook_size, trellis_base(self.trellis))
         return Quantized(z_q, indices.view(rows.shape[:-1]), loss)
 
+    def _path_weights(self, weights, rows):
+        """Weights (N,) of the errors of latents rows (B, ..., D), of mean 1 on each path."""
+        weights = rows.new_ones(rows.shape[:-1]) if weights is None else weights
+        if weights.shape != rows.shape[:-1]:
+            raise ValueError(f"expected weights {tuple(rows.shape[:-1])}, got {tuple(weights.shape)}")
+        weights = weights.detach().float().flatten(1)  # (B, n)
+        return (weights / weights.mean(1, keepdim=True)).flatten()
+
     @torch.no_grad()
     def _train_step(self, z, length, weights):
-        if not self.initialized:
-            self.initialize(z)
-            self.initialized = True
+        if not self._has_started:
+            if not self.initialized:
+                self.initialize(z)
+            self._has_started = True
         numbers, stats = self.assign(z, length, weights)
         quantized = F.embedding(numbers, self.codebook)  # before the update
         self.update(z, stats)
@@ -1107,7 +1133,7 @@ class VQEMAQuantizer(Quantizer):
             self.codebook.copy_(self._on_sphere(start))
             self.ema[:, :-1] = self.codebook * self.ema[:, -1:]
 
-    def assign(self, z, length=1, weights=None):
+    def assign(self, z, length, weights):
         """The nearest code of each latent, and the sums over the latents of each code."""
         numbers = self.nearest(z, length, weights)
         stats = torch.zeros_like(self.ema).index_add_(0, numbers, F.pad(z, (0, 1), value=1.0))
@@ -1172,7 +1198,7 @@ class BAQuantizer(Quantizer):
         super().initialize(z)
         self.distortion.copy_(self._expected_distortion(z))
 
-    def assign(self, z, length=1, weights=None):
+    def assign(self, z, length, weights):
         """E-step and prior step; the sums are weighted by P(k|z)."""
         squares = z.square().sum(1)  # (N,)
         tau = (self.temperature * self.distortion).clamp_min(1e-30)
@@ -1184,10 +1210,9 @@ class BAQuantizer(Quantizer):
         for _ in range(self.ba_iters):
             batch = soft(z, self.codebook, self.log_w, tau)
             distortion = (squares.sum() - 2 * batch.score).clamp_min(0)
-            scalars = torch.stack([distortion, batch.overlap, z.new_full((), float(len(z)))])
-            sums = all_reduce(torch.cat([batch.stats.flatten(), scalars]))
-            stats = sums[:-3].view_as(self.ema)
-            distortion, sensitivity = sums[-3:-1] / sums[-1]
+            sums = all_reduce(torch.cat([batch.stats.flatten(), torch.stack([distortion, batch.overlap])]))
+            stats = sums[:-2].view_as(self.ema)
+            distortion, sensitivity = sums[-2:] / (len(z) * world_size())
             counts = torch.lerp(self.ema[:, -1], stats[:, -1], 1 - self.ema_decay)  # (codes,)
             # A gain that matches the window of the EMA it reads: damped oscillations at worst.
             step = min(1.0, 2 * (1 - self.ema_decay))
@@ -1247,7 +1272,7 @@ class PredictiveQuantizer(Float32Module):
     scaled: whether differences are. Raises ValueError where the quantizers are not alike.
     """
 
-    def __init__(self, first: Quantizer, second: Quantizer, hidden_dim: int = 64, scaled: bool = False) -> None:
+    def __init__(self, first: Quantizer, second: Quantizer, hidden_dim: int = 64, scaled: bool = True) -> None:
         super().__init__()
         if (first.codebook_size, first.dim) != (second.codebook_size, second.dim) or "cosine" in (first.metric, second.metric):
             raise ValueError("first and second must have the same codebook_size and dim, and metric 'euclid'")
@@ -1261,8 +1286,9 @@ class PredictiveQuantizer(Float32Module):
             nn.init.zeros_(parameter)  # it predicts 0, and a scale of 1, until it has learned better
 
     @property
-    def initialized(self):
-        return self.first.initialized
+    def initialized(self) -> bool:
+        """Whether the codes of both halves have been placed."""
+        return self.first.initialized and self.second.initialized
 
     @property
     def codebook(self) -> torch.Tensor:
@@ -1383,14 +1409,17 @@ class Reconstruction(NamedTuple):
 class VQVAE(nn.Module):
     """Encoder, quantizer, decoder. Images are (B, 3, S, S) floats in [0, 1], S divisible by `downsample`, f: 2, 4, 8, ...
 
-    quantizer: any module that maps latents (B, D, H, W) to the triple (z_q, indices, loss).
+    quantizer: any module that maps latents (B, D, H, W) to the triple (z_q, indices, loss). It may have `set_progress`, which
+    is called each step, `code_numbers` and `trellis`, where an index is not the number of its code, and `metric` 'cosine', for
+    latents of length 1; `decode` needs its `codes`, `refined` its `codebook` and `codebook_size`, too. In training mode it
+    learns from what it is called with, in `encode`, too. hidden_dim: at least 2. Raises ValueError on a value out of range.
     """
 
     def __init__(self, quantizer: nn.Module, hidden_dim: int = 128, latent_dim: int = 16, downsample: int = 4,
                  res_blocks: int = 2) -> None:
         super().__init__()
-        if downsample < 2 or downsample & (downsample - 1):
-            raise ValueError(f"downsample {downsample} must be 2, 4, 8, ...")
+        if hidden_dim < 2 or downsample < 2 or downsample & (downsample - 1):
+            raise ValueError(f"hidden_dim {hidden_dim} must be 2 or more, downsample {downsample} must be 2, 4, 8, ...")
         self.downsample = downsample
         self.encoder = encoder(hidden_dim, latent_dim, downsample, res_blocks)
         self.quantizer = quantizer
@@ -1456,7 +1485,7 @@ class VQVAE(nn.Module):
 
     def reconstruct(self, z_q: torch.Tensor) -> torch.Tensor:
         """Codes (B, D, H, W) -> images (B, 3, S, S), not clamped."""
-        return (self.decoder(z_q) + 1) / 2
+        return (self.decoder(z_q.to(self.decoder[0].weight.dtype)) + 1) / 2  # codes are float32 in a model that was cast, too
 
     def forward(self, x: torch.Tensor, quantize: bool = True, refine: int = 0) -> Reconstruction:
         """Images (B, 3, S, S) in [0, 1] -> Reconstruction. Raises ValueError on a wrong shape.
@@ -1514,6 +1543,8 @@ def download(urls: list[str], path: str | Path, md5: str | None = None) -> None:
             try:
                 got = _fetch(url, part)
             except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                    raise  # not the address is at fault
                 failures.append(f"{url}: {error}")
                 continue
             if md5 in (None, got):
@@ -1523,7 +1554,7 @@ def download(urls: list[str], path: str | Path, md5: str | None = None) -> None:
     except OSError as error:
         raise UserError(f"{path.parent}: cannot write the download here: {error.strerror}") from error
     finally:
-        if part.exists():
+        with contextlib.suppress(OSError):
             part.unlink()
     raise UserError(f"could not download {path.name} ({'; '.join(failures)}); put the file there by hand: {path}")
 
@@ -1596,30 +1627,34 @@ def _cifar10(config, train):
             raise UserError(f"{archive}: cannot unpack it: {error}") from error
 
 
-def dead_leaves(count: int, size: int, seed: int) -> torch.Tensor:
+def dead_leaves(numbers: range, size: int, seed: int) -> torch.Tensor:
     """Images of occluding random discs with power-law radii (Lee 2001): natural statistics, no download.
 
-    Returns uint8 (count, size, size, 3), the same for the same arguments. Disc radii have density
-    r^-3 from 1 to `size`; discs are drawn as they would hit the image window.
+    Returns those of these numbers (a range of step 1) in an endless sequence, uint8 (len(numbers), size, size, 3), the same
+    for the same arguments. Disc radii have density r^-3 from 1 to `size`; discs are drawn as they would hit the image window.
     """
     discs, block = 100, 100
     generator = torch.Generator().manual_seed(seed)
     radii = torch.linspace(1, size, 4096)
     weights = radii ** -3 * (size + 2 * radii) ** 2  # chance that a disc of radius r touches the window
     grid = torch.arange(size) + 0.5
-    images = torch.empty(count, size, size, 3, dtype=torch.uint8)
-    for start in range(0, count, block):
-        n = min(block, count - start)
-        r = radii[torch.multinomial(weights, n * discs, replacement=True, generator=generator)].view(discs, n, 1, 1)
-        x, y = (size + 2 * r) * torch.rand(2, discs, n, 1, 1, generator=generator) - r  # centres
+    images = torch.empty(len(numbers), size, size, 3, dtype=torch.uint8)
+    for first in tqdm(range(0, numbers.stop if numbers else 0, block), desc="making images", leave=False, disable=None):
+        r = radii[torch.multinomial(weights, block * discs, replacement=True, generator=generator)].view(discs, block, 1, 1)
+        x, y = (size + 2 * r) * torch.rand(2, discs, block, 1, 1, generator=generator) - r  # centres
+        light = torch.rand(discs + 1, block, 1, generator=generator)
+        color = light + 0.15 * torch.randn(discs + 1, block, 3, generator=generator)  # (discs + 1, n, 3)
+        wanted = range(max(first, numbers.start), min(first + block, numbers.stop))
+        if not wanted:  # drawn, since the generator has to move on, but not painted
+            continue
+        some = slice(wanted.start - first, wanted.stop - first)  # n of the block
+        r, x, y, color = r[:, some], x[:, some], y[:, some], (color[:, some].clamp(0, 1) * 255).round().byte()
         columns, rows = (grid - x).square() - r.square(), -(grid[:, None] - y).square()  # (discs, n, 1, S), (.., S, 1)
-        light = torch.rand(discs + 1, n, 1, generator=generator)
-        color = light + 0.15 * torch.randn(discs + 1, n, 3, generator=generator)  # (discs + 1, n, 3)
-        top = torch.full((n, size, size), discs, dtype=torch.int32)  # front-most disc; the last is the background
+        top = torch.full((len(wanted), size, size), discs, dtype=torch.int32)  # front-most disc; the last is the background
         for i in range(discs - 1, -1, -1):
             top.masked_fill_(columns[i] < rows[i], i)
-        color = (color.clamp(0, 1) * 255).round().byte()
-        images[start:start + n] = color[top.long(), torch.arange(n)[:, None, None]]  # (n, S, S, 3)
+        places = slice(wanted.start - numbers.start, wanted.stop - numbers.start)
+        images[places] = color[top.long(), torch.arange(len(wanted))[:, None, None]]  # (n, S, S, 3)
     return images
 
 
@@ -1635,7 +1670,7 @@ def _folder(config, train):
     if not os.path.isdir(base):  # unlike Path.is_dir, False for a name that is too long
         raise UserError(f"data_dir: {base} is no folder; give --data_dir the folder of your images")
     suffixes = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
-    found = [path for path in _files_below(base) if path.suffix.lower() in suffixes]
+    found = [path for path in files_below(base) if path.suffix.lower() in suffixes]
     places = {path: hashlib.sha256(path.relative_to(base).as_posix().encode(errors="surrogateescape")).digest() for path in found}
     paths = sorted(found, key=places.__getitem__)  # shuffled: no split or subset is one class
     if not has_splits:
@@ -1663,8 +1698,8 @@ def _decoded(paths, size):
     return images
 
 
-def _files_below(base):
-    """Paths of all files below a folder, also behind links. Raises UserError for a subfolder unreadable or reached twice."""
+def files_below(base):
+    """Paths of all files below a folder, also behind links. Raises UserError where a folder is unreadable or reached twice."""
     def refuse(error):
         raise UserError(f"{error.filename}: cannot read this folder ({error.strerror}); make it readable or move it away")
 
@@ -1672,28 +1707,29 @@ def _files_below(base):
     for folder, _, names in os.walk(base, onerror=refuse, followlinks=True):
         place = os.path.realpath(folder)
         if place in seen:
-            raise UserError(f"{folder}: links lead to this folder twice, so its images would count twice; remove one")
+            raise UserError(f"{folder}: links lead to this folder twice, so its files would count twice; remove one")
         seen.add(place)
         yield from (Path(folder, name) for name in names)
 
 
 def _whole_set(config, train):
-    """Images uint8 (N, S, S, 3); of a folder only their paths, since reading takes long and few may be wanted."""
+    """All items of a split: images uint8 (N, S, S, 3), or, as few may be wanted, paths (folder) or numbers (dead leaves)."""
     if config.dataset == "cifar10":
         return _cifar10(config, train)
+    return range(DEAD_LEAVES_SIZES[train]) if config.dataset == "dead_leaves" else _folder(config, train)
+
+
+def _at_most(items, count, setting):
+    if count is not None and count > len(items):
+        raise UserError(f"{setting}: {count} is more than the {len(items)} images there are")
+    return items[:count]
+
+
+def _read(items, config, train):
+    """Images uint8 (N, S, S, 3) of some items of `_whole_set`."""
     if config.dataset == "dead_leaves":
-        return dead_leaves(DEAD_LEAVES_SIZES[train], config.image_size, seed=int(train))
-    return _folder(config, train)
-
-
-def _at_most(images, count, setting):
-    if count is not None and count > len(images):
-        raise UserError(f"{setting}: {count} is more than the {len(images)} images there are")
-    return images[:count]
-
-
-def _read(images, config):
-    return _decoded(images, config.image_size) if config.dataset == "folder" else images
+        return dead_leaves(items, config.image_size, seed=int(train))
+    return _decoded(items, config.image_size) if config.dataset == "folder" else items
 
 
 def training_images(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1701,16 +1737,17 @@ def training_images(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
 
     The validation images are the last val_size of the training set, never trained on.
     """
-    images = _whole_set(config, train=True)
-    cut = len(images) - config.val_size
+    items = _whole_set(config, train=True)
+    cut = len(items) - config.val_size
     if cut <= 0:
-        raise UserError(f"val_size: {config.val_size} leaves nothing of {len(images)} training images; lower it")
-    return _read(_at_most(images[:cut], config.train_subset, "train_subset"), config), _read(images[cut:], config)
+        raise UserError(f"val_size: {config.val_size} leaves nothing of {len(items)} training images; lower it")
+    kept = _at_most(items[:cut], config.train_subset, "train_subset")
+    return _read(kept, config, train=True), _read(items[cut:], config, train=True)
 
 
 def test_images(config: Config) -> torch.Tensor:
     """Test images, uint8 (N, S, S, 3) on the CPU. Raises UserError."""
-    return _read(_at_most(_whole_set(config, train=False), config.test_subset, "test_subset"), config)
+    return _read(_at_most(_whole_set(config, train=False), config.test_subset, "test_subset"), config, train=False)
 
 
 def memory_format(device):
@@ -1800,7 +1837,8 @@ def code_histogram(model: VQVAE, images: torch.Tensor, codebook_size: int) -> to
     """How often each code is the nearest over images uint8 (N, S, S, 3), as `empty_histogram`. Eval mode, float32."""
     histogram = empty_histogram(model, codebook_size)
     with eval_mode(model):
-        for batch in images.split(evaluation_batch(images.shape[1], histogram.device)):
+        batches = images.split(evaluation_batch(images.shape[1], histogram.device))
+        for batch in tqdm(batches, desc="counting codes", leave=False, disable=None):
             count_codes(histogram, model, model.encode(to_float(batch.to(histogram.device))))
     return histogram
 
@@ -1808,7 +1846,7 @@ def code_histogram(model: VQVAE, images: torch.Tensor, codebook_size: int) -> to
 @torch.no_grad()
 def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size: int | None = None,
              dtype: torch.dtype = torch.float32, refine: int = 0, histogram: torch.Tensor | None = None) -> dict[str, float]:
-    """Metrics of a model on images uint8 (N, S, S, 3), N at least 1, as a dict of floats; CODE_OVERVIEW.md has the glossary.
+    """Metrics of a model on images uint8 (N, S, S, 3), N at least 1, as a dict of numbers; CODE_OVERVIEW.md has the glossary.
 
     Eval mode, hard indices, pooled over all images. batch_size: images at once (default: `evaluation_batch`). dtype: autocast
     type of the networks. refine: passes of VQVAE.refined before the nearest codes are taken; quantization_error and
@@ -1819,7 +1857,7 @@ def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size:
     batches = images.split(batch_size or evaluation_batch(images.shape[1], device))
     luma = torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)  # BT.601
     histogram = empty_histogram(model, codebook_size) if histogram is None else histogram
-    rows = []  # per image: squared 8-bit error, squared luma error, ssim, float mse
+    rows = []  # per batch, of each image (B,)
     latent_rows = []  # per batch, weighted: quantizer loss, squared distance per vector
     with eval_mode(model):
         for batch in tqdm(batches, desc="evaluating", leave=False, disable=None):
@@ -1830,22 +1868,24 @@ def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size:
                 y = model.reconstruct(z_q).float()
             y8 = to_bytes(y).float() / 255
             error = y8 - x
-            rows.append(torch.stack([error.square().mean((1, 2, 3)), (error * luma).sum(1).square().mean((1, 2)),
-                                     ssim(y8, x) if x.shape[-1] >= 11 else x.new_zeros(len(x)),
-                                     (y - x).square().mean((1, 2, 3))], 1))  # (B, 4)
+            figures = {"mse": error.square().mean((1, 2, 3)), "mse_y": (error * luma).sum(1).square().mean((1, 2)),
+                       "recon_loss": (y - x).square().mean((1, 2, 3))}
+            if min(x.shape[2:]) >= 11:  # the window
+                figures["ssim"] = ssim(y8, x)
+            rows.append(figures)
             distance = (z.float() - z_q.float()).square().sum(1).mean()
             latent_rows.append(torch.stack([loss.float(), distance]) * len(x))
             count_codes(histogram, model, indices)
-    per_image = torch.cat(rows).cpu().double()  # (N, 4)
+    per_image = {key: torch.cat([row[key] for row in rows]).cpu().double() for key in rows[0]}  # (N,) each
     loss, distance = (torch.stack(latent_rows).cpu().double().sum(0) / len(images)).tolist()
-    mse = per_image[:, 0].mean()
+    mse = per_image["mse"].mean()
     return {
         "psnr": psnr(mse).item(),
-        "psnr_per_image": psnr(per_image[:, 0]).mean().item(),
-        "psnr_y": psnr(per_image[:, 1]).mean().item(),
-        **({"ssim": per_image[:, 2].mean().item()} if images.shape[1] >= 11 else {}),  # the window needs 11 pixels
+        "psnr_per_image": psnr(per_image["mse"]).mean().item(),
+        "psnr_y": psnr(per_image["mse_y"]).mean().item(),
+        **({"ssim": per_image["ssim"].mean().item()} if "ssim" in per_image else {}),
         "mse": mse.item(),
-        "recon_loss": per_image[:, 3].mean().item(),
+        "recon_loss": per_image["recon_loss"].mean().item(),
         "commitment_loss": loss,
         "quantization_error": distance,
         "num_images": len(images),
@@ -1904,6 +1944,17 @@ def atomic_write(path, write):
         raise
 
 
+def check_writable(path):
+    """Raise UserError, before work that takes long, where it could not be written to `path` in the end."""
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder; give the name of a file")
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder; make it, or write elsewhere")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot write here; change its permissions, or write elsewhere")
+
+
 @contextlib.contextmanager
 def _writing(path):
     """Failures to write `path` become one line."""
@@ -1953,21 +2004,21 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(state, dict) or not {"format_version", "config", "model"} <= set(state):
         raise UserError(f"{path}: not a checkpoint of this project (keys missing); take another")
     version = state["format_version"]
-    if version not in (1, 3, FORMAT_VERSION):  # 2 had another distance
-        raise UserError(f"{path}: format version {version}, this code reads 1, 3 and {FORMAT_VERSION}; "
+    if version not in (1, 3, 4, FORMAT_VERSION):  # 2 had another distance
+        raise UserError(f"{path}: format version {version}, this code reads 1, 3, 4 and {FORMAT_VERSION}; "
                         "use the version of vqvae.py that wrote it")
     try:
         config = stored_config(state["config"])
     except (UserError, TypeError) as error:
         raise UserError(f"{path}: its config is not valid here ({error})") from error
-    if config.trellis != "none" and version < FORMAT_VERSION:
+    if config.trellis != "none" and version < 4:
         raise UserError(f"{path}: the paths of its trellis went row by row; train it again, or use the vqvae.py that wrote it")
     return state
 
 
 def all_finite(model):
     """Whether all weights and buffers are finite; waits for a GPU once."""
-    return torch.stack([x.isfinite().all() for x in model.state_dict().values() if isinstance(x, torch.Tensor)]).all().item()
+    return torch.stack([x.isfinite().all() for x in model.state_dict().values()]).all().item()
 
 
 def load_state(model, state, path):
@@ -2077,12 +2128,14 @@ def locked(folder):
         yield
 
 
-def clear_run_folder(folder):
-    """Delete what a run writes, and nothing else; config.yaml, which says that it is a run, is for `restore` to replace."""
+def replace_run(folder, config):
+    """Delete what an earlier run has written, and nothing else; config.yaml, which says that it is a run, becomes this one's."""
     for name in ("final_metrics.json", *(path.name for path in checkpoints(folder)), "metrics.jsonl", "timing.jsonl",
-                 "final_model.pt", "eval_metrics.json", "reconstructions.png", "codebook_usage.png", "wandb_id"):
+                 "final_model.pt", "eval_metrics.json", "reconstructions.png", "codebook_usage.png",
+                 *([] if config.wandb else ["wandb_id"])):  # `start_wandb` has replaced it
         with _writing(folder / name):
             (folder / name).unlink(missing_ok=True)
+    write_text(folder / "config.yaml", config_yaml(config))
 
 
 def config_yaml(config):
@@ -2348,7 +2401,7 @@ def start_wandb(config, folder):
         return None
     import wandb  # not above: few runs need it
     id_file = folder / "wandb_id"
-    run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(6)
+    run_id = id_file.read_text() if id_file.exists() and not config.overwrite else secrets.token_hex(6)
     write_text(id_file, run_id)
     options = dict(project="vq-codebook-utilization", name=config.name, id=run_id, resume="allow", dir=str(folder),
                    config=config.to_dict())
@@ -2372,7 +2425,10 @@ def start_processes(device: str = "auto"):
                 raise UserError(f"a process for each GPU, of which there are {gpus} here; lower --nproc_per_node")
             torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # the first process may be downloading
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # the first process may be downloading
+        except ValueError as error:
+            raise UserError(f"RANK is set, as for one of several processes, but: {error}; use torchrun or unset it") from error
 
 
 def train(config: Config, quantizer: nn.Module | None = None) -> dict:
@@ -2426,6 +2482,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
         share = config.batch_size // world_size()  # images of a step for each process
         set_progress = getattr(model.quantizer, "set_progress", lambda progress: None)
         how_to_resume = "the same command" + (" without --overwrite" if config.overwrite else "") + " resumes"
+        to_replace = config.overwrite
 
         while step < total_steps:
             epoch, start = divmod(step, steps_per_epoch)
@@ -2451,7 +2508,9 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
 
             check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
             spent = time.perf_counter() - began  # check_finite has waited for the device
-            report = None
+            if to_replace and rank() == 0:  # not before, since a first step may fail, for want of memory say
+                replace_run(folder, config)
+            report, to_replace = None, False
             if i + 1 == steps_per_epoch:
                 record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
                 timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": spent,
@@ -2484,13 +2543,12 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
 def restore(config, folder, model, optimizer, steps_per_epoch, images_digest):
     """Continue from the newest checkpoint, if any: (step, this epoch's losses (steps, 2), code histogram, seconds).
 
+    With --overwrite from none: what lies in the folder then stays until there is something to put in its place (`replace_run`).
     Raises UserError where the checkpoint is damaged or of another quantizer or other images (by their digest), or there is none
     though --resume asks for one.
     """
     if rank() == 0:
         check_run_folder(config)  # again, now that no other process can write here
-        if config.overwrite:
-            clear_run_folder(folder)
         for left in folder.glob(".*.pt.*.tmp"):  # half a checkpoint, of a process that was killed
             left.unlink()
     if dist.is_initialized():
@@ -2499,7 +2557,7 @@ def restore(config, folder, model, optimizer, steps_per_epoch, images_digest):
     step, seconds = 0, 0.0
     losses = torch.zeros(steps_per_epoch, 2, device=device)  # reconstruction, quantizer
     histogram = empty_histogram(model, config.codebook_size)
-    saved = checkpoints(folder)
+    saved = [] if config.overwrite else checkpoints(folder)
     if saved:
         state = read_checkpoint(saved[-1])
         check_quantizer(folder, state, model.quantizer)
@@ -2515,7 +2573,7 @@ def restore(config, folder, model, optimizer, steps_per_epoch, images_digest):
         say(f"resuming {folder} from {saved[-1].name} (step {step} of {steps_per_epoch * config.epochs})")
     elif config.resume:
         raise UserError(f"{folder}: has no checkpoint to resume; drop --resume to start it again")
-    if rank() == 0:
+    if rank() == 0 and not config.overwrite:
         write_text(folder / "config.yaml", config_yaml(config))
         for log in ("metrics.jsonl", "timing.jsonl"):
             keep_lines(folder / log, step // steps_per_epoch)
@@ -2602,6 +2660,11 @@ def complain(message):
 
 def run_command(main):
     """Exit code of a script: one line on standard error and 2 for bad input, 128 + signal when stopped."""
+    if sys.stderr is None:  # closed: tqdm wants one
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it is the process's)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without a letter like λ gets a question mark
+            stream.reconfigure(errors="replace")
     try:
         code = main()
         print(end="", flush=True)  # what cannot be written is noticed here, not after the exit code
@@ -2635,5 +2698,5 @@ def run_command(main):
             return 2
         if isinstance(error, RuntimeError) and not re.search("out of memory|(allocate|enough) memory|ALLOC_FAILED", str(error)):
             raise
-        complain(f"error: out of memory: lower --batch_size, --hidden_dim or --codebook_size ({reason})")
+        complain(f"error: out of memory: lower --batch_size, --hidden_dim, --codebook_size or --image_size ({reason})")
         return 2

@@ -81,7 +81,7 @@ class Sinkhorn(vqvae.VQEMAQuantizer):
 
     epsilon, iterations = 0.02, 5  # temperature relative to the mean distance of the batch
 
-    def assign(self, z, length=1, weights=None):
+    def assign(self, z, length, weights):
         cost = torch.cdist(z, self.codebook).square_()  # (N, K)
         log_plan = cost.div_(-self.epsilon * cost.mean())
         for _ in range(self.iterations):

@@ -61,7 +61,7 @@ def fit(config, z, passes, seed):
 def lloyd(quantizer, z, iterations=100):
     """`quantizer`, a VQEMAQuantizer, with its codes moved by Lloyd's algorithm on all latents z (N, D) at once."""
     for _ in tqdm(range(iterations), desc="Lloyd", leave=False, disable=None):
-        _, stats = quantizer.assign(z)  # (K, D + 1)
+        _, stats = quantizer.assign(z, 1, None)  # (K, D + 1)
         counts = stats[:, -1:]
         quantizer.codebook.copy_(torch.where(counts > 0, stats[:, :-1] / counts.clamp_min(1), quantizer.codebook))
     return quantizer
@@ -116,7 +116,7 @@ def unquantized_psnr(model, images):
 @torch.no_grad()
 def measure_alone(quantizer, z):
     """Distortion and perplexity of a quantizer on rows z (N, D)."""
-    numbers = quantizer.nearest(z)
+    numbers = quantizer.nearest(z, 1, None)
     histogram = torch.bincount(numbers, minlength=quantizer.codebook_size)
     return {"quantization_error": (z - quantizer.codebook[numbers]).square().sum(1).mean().item(),
             "perplexity": vqvae.codebook_metrics(histogram, quantizer.codebook_size)["perplexity"]}

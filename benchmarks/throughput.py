@@ -175,7 +175,7 @@ def main(argv=None):
     device, _ = vqvae.pick_device(config.device)
     if device.type == "cpu":
         vqvae.keep_freed_memory()
-    images = vqvae.dead_leaves(options.steps * config.batch_size, config.image_size, seed=0)
+    images = vqvae.dead_leaves(range(options.steps * config.batch_size), config.image_size, seed=0)
     own = {name: dataclasses.replace(config, quantizer=name, compile=False) for name in ("vq_ema", "ba_vq")}
     project, model = project_epoch(own["ba_vq"], images, device)
     epochs = {

@@ -409,6 +409,28 @@ def test_output_that_cannot_be_written_gives_one_line(tiny, tiny_config, tmp_pat
     assert process.returncode == 128 + 13 and err.count("\n") == 1 and "nobody reads the output" in err
 
 
+def test_a_run_whose_errors_nobody_can_see_trains(tiny, tmp_path):
+    flags = [w for k, v in tiny(epochs=1).items() for w in (f"--{k}", str(v))]
+    closed = ["sh", "-c", '"$@" 2>&-', "sh", sys.executable, str(ROOT / "train.py"), *flags]
+    done = subprocess.run(closed, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "PSNR" in done.stdout
+
+
+def test_a_terminal_without_greek_letters(tiny_config, tmp_path):
+    vqvae.train(tiny_config(epochs=1))
+    done = subprocess.run([sys.executable, str(ROOT / "analysis.py"), str(tmp_path / "experiments" / "tiny")], text=True,
+                          capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "BA-VQ ?=10" in done.stdout
+
+
+def test_a_home_folder_in_yaml(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("out_dir: ~/runs\ndata_dir: ~/data\n")
+    assert run(capsys, "--config", str(tmp_path / "c.yaml"), "--dry_run")[0] == 0
+    config, _ = train.config_from(["--config", str(tmp_path / "c.yaml")])
+    assert (config.out_dir, config.data_dir) == (f"{tmp_path}/runs", f"{tmp_path}/data")
+
+
 def test_the_exit_code_stands_where_nobody_reads_the_error():
     with subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--epochs", "0"], stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE) as process:

@@ -23,17 +23,23 @@ from vqvae import Config, UserError
 
 
 def test_dead_leaves_are_deterministic_and_varied():
-    one = vqvae.dead_leaves(30, 16, seed=1)
+    one = vqvae.dead_leaves(range(30), 16, seed=1)
     assert one.shape == (30, 16, 16, 3) and one.dtype == torch.uint8
-    assert torch.equal(one, vqvae.dead_leaves(30, 16, seed=1))
-    assert torch.equal(one[:10], vqvae.dead_leaves(30, 16, seed=1)[:10])
-    assert not torch.equal(one, vqvae.dead_leaves(30, 16, seed=2))
+    assert torch.equal(one, vqvae.dead_leaves(range(30), 16, seed=1))
+    assert not torch.equal(one, vqvae.dead_leaves(range(30), 16, seed=2))
     assert len(one.flatten(1).unique(dim=0)) == 30
+
+
+def test_dead_leaves_can_be_made_from_anywhere():
+    """As of 220 images only some are wanted, the others are not painted, but the same ones come."""
+    whole = vqvae.dead_leaves(range(220), 8, seed=0)
+    for wanted in (range(5), range(95, 105), range(150, 220), range(100, 200), range(220, 220)):
+        assert torch.equal(vqvae.dead_leaves(wanted, 8, seed=0), whole[wanted.start:wanted.stop])
 
 
 def test_dead_leaves_have_natural_statistics():
     # Power spectrum of natural images falls about as 1/f^2 (Field 1987): between f^-1.4 and f^-3 here.
-    images = vqvae.dead_leaves(200, 64, seed=0).float().mean(3)
+    images = vqvae.dead_leaves(range(200), 64, seed=0).float().mean(3)
     images = images - images.mean((1, 2), keepdim=True)
     power = torch.fft.fft2(images).abs().square().mean(0)
     f = torch.hypot(*torch.meshgrid(torch.fft.fftfreq(64), torch.fft.fftfreq(64), indexing="ij"))
@@ -268,6 +274,15 @@ def test_a_download_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(vqvae.UserError, match="cannot write the download here"):
         vqvae.download(["http://127.0.0.1:9/x"], tmp_path / "file" / "x")
+
+
+def test_a_full_disk_is_not_blamed_on_the_address(server, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(vqvae, "open", full, raising=False)
+    with pytest.raises(vqvae.UserError, match="cannot write the download here: No space left"):
+        vqvae.download([f"{server}/good", f"{server}/good"], tmp_path / "file")
 
 
 def test_only_https_leaves_this_machine(tmp_path):

@@ -244,6 +244,30 @@ def test_a_folder_stands_for_all_runs_below(run_folder, tiny_config, capsys):
     assert "tiny/final_model.pt" in out and "other/final_model.pt" in out
 
 
+def test_runs_behind_links_are_found(run_folder, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "run").symlink_to(run_folder)
+    assert eval_cifar.find_checkpoints([str(linked)]) == [linked / "run" / "final_model.pt"]
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(run_folder, monkeypatch, capsys):
+    monkeypatch.setattr(vqvae.os, "access", lambda path, mode: path != str(run_folder))  # root may write all
+    monkeypatch.setattr(vqvae, "evaluate", None)
+    assert vqvae.run_command(lambda: eval_cifar.main(["--checkpoint", str(run_folder), "--no_fid"])) == 2
+    assert f"{run_folder}: cannot write here" in capsys.readouterr().err
+
+
+def test_without_a_home_the_inception_file_is_kept_in_tmp(monkeypatch):
+    monkeypatch.setattr(eval_cifar.os.path, "expanduser", lambda path: path)  # as where nobody's home is known
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(eval_cifar, "INCEPTION_NAME", "not-there.pt")
+    downloads = []
+    monkeypatch.setattr(vqvae, "download", lambda urls, path: downloads.append(str(path)))
+    eval_cifar.find_inception()
+    assert downloads == ["/tmp/not-there.pt"]
+
+
 def test_peers_below_a_folder_are_left_out_and_named_alone(run_folder, tiny_config, capsys):
     class Peer(vqvae.VQEMAQuantizer):
         pass

@@ -49,6 +49,16 @@ def test_what_is_read_is_not_written_over(checkpoint, tmp_path, capsys):
     assert (checkpoint.read_bytes(), codes.read_bytes()) == before
 
 
+def test_a_place_that_cannot_be_written_is_named_before_the_work(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export_codes, "encode", None)
+    for output, message in ((tmp_path / "nowhere" / "c.npz", "no such folder"), (tmp_path, "is a folder"),
+                            (tmp_path / "closed" / "c.npz", "cannot write here")):
+        monkeypatch.setattr(vqvae.os, "access", lambda path, mode: not path.endswith("closed"))
+        (tmp_path / "closed").mkdir(exist_ok=True)
+        assert run("encode", "--checkpoint", checkpoint, "--output", output) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("split, count", [("train", 96), ("val", 100)])
 def test_other_splits(checkpoint, tmp_path, split, count):
     assert not run("encode", "--checkpoint", checkpoint, "--output", tmp_path / "c.npz", "--split", split)

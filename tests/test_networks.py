@@ -184,13 +184,39 @@ def test_refinement_makes_no_image_worse(step, monkeypatch):
     assert (refined <= plain).all() and ((refined < plain).any() or step < 0)
 
 
+@pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double])
+@pytest.mark.parametrize("metric", ["euclid", "cosine"])
+def test_a_cast_model_encodes_refines_and_decodes(metric, cast):
+    torch.manual_seed(0)
+    model = VQVAE(BAQuantizer(16, 4, metric), 8, 4).train()
+    model(torch.rand(4, 3, 32, 32))
+    cast(model.eval())
+    kind = model.encoder[1].weight.dtype
+    x = torch.rand(2, 3, 32, 32).to(kind)
+    images, indices, _ = model(x)
+    assert images.dtype == kind and torch.equal(model.decode(indices), images.clamp(0, 1))
+    assert model(x, quantize=False).images.dtype == kind
+    assert model.encode(x, refine=2).shape == indices.shape
+
+
+@pytest.mark.parametrize("prediction", ["none", "scaled"])
+def test_a_model_can_be_exported(prediction):
+    config = Config(image_size=16, dataset="dead_leaves", codebook_size=16, hidden_dim=8, latent_dim=4, prediction=prediction,
+                    trellis="4")
+    model = vqvae.make_model(config).train()
+    model(torch.rand(4, 3, 16, 16))
+    x = torch.rand(2, 3, 16, 16)
+    exported = torch.export.export(model.eval(), (x,)).module()
+    assert torch.equal(exported(x)[1], model(x).indices)
+
+
 @pytest.mark.parametrize("metric", ["euclid", "cosine"])
 def test_refinement_changes_no_state_and_works_in_inference_mode(metric):
     model = VQVAE(BAQuantizer(16, 4, metric=metric), 8, 4).train()
     x = torch.rand(4, 3, 32, 32)
     model(x)
     model.eval()
-    before = {key: value.clone() for key, value in model.state_dict().items() if torch.is_tensor(value)}
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     together = model.latents(x, 1)
     assert not together.requires_grad and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[key], model.state_dict()[key]) for key in before)

@@ -47,7 +47,7 @@ def test_sinkhorn_balances_a_batch():
     quantizer.codebook.copy_(torch.randn(8, 2) * 0.1)  # all codes in one corner of the data
     z = torch.randn(4000, 2) + 1
     quantizer.epsilon, quantizer.iterations = 0.01, 500  # nearly hard, converged
-    balanced = quantizer.assign(z)[1][:, -1]
+    balanced = quantizer.assign(z, 1, None)[1][:, -1]
     nearest = torch.bincount(vqvae.nearest_code(z, quantizer.codebook), minlength=8)
     assert balanced.min() > 300 and nearest.min() < 200
 

@@ -252,13 +252,76 @@ def test_constructors_refuse_values_out_of_range(kind, values):
         kind(**{"codebook_size": 8, "dim": 4, **values})
 
 
+def trained_once(kind=BAQuantizer):
+    torch.manual_seed(0)
+    quantizer = kind(16, 4).train()
+    quantizer(torch.randn(200, 4))
+    return quantizer
+
+
+def copied_by_tensors(quantizer):
+    other = type(quantizer)(16, 4)
+    other.load_state_dict(dict(quantizer.state_dict()))
+    return other
+
+
+def copied_in_place(quantizer):
+    """As averages of models are kept."""
+    other = copy.deepcopy(type(quantizer)(16, 4))
+    for mine, theirs in zip(other.state_dict().values(), quantizer.state_dict().values()):
+        mine.copy_(theirs)
+    return other
+
+
+def copied_for_data_parallel(quantizer):
+    other = quantizer._replicate_for_data_parallel()
+    other._buffers = dict(quantizer._buffers)  # of the first device
+    other._has_started = False  # a replica's flags are not the module's
+    return other
+
+
+@pytest.mark.parametrize("copied", [copied_by_tensors, copied_in_place, copied_for_data_parallel, copy.deepcopy])
+@pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
+def test_codes_that_were_copied_in_any_way_stay(kind, copied):
+    quantizer, z = trained_once(kind), torch.randn(200, 4)
+    other, expected = copied(quantizer).train(), copy.deepcopy(quantizer)
+    assert other.initialized and torch.equal(other.codebook, expected.codebook)
+    for some in (other, expected):  # were it started again, the codes would be rows of z
+        torch.manual_seed(1)
+        some(z)
+    assert torch.equal(other.codebook, expected.codebook)
+
+
+@pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
+def test_codes_of_another_size_are_refused_and_change_nothing(kind):
+    """A state of which only the shapes that fit are loaded must not leave a codebook of zeros that counts as started."""
+    quantizer, state = kind(8, 4).train(), trained_once(kind).state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        quantizer.load_state_dict(state)
+    shapes = {key: value.shape for key, value in quantizer.state_dict().items()}
+    quantizer.load_state_dict({key: value for key, value in state.items() if value.shape == shapes[key]}, strict=False)
+    assert not quantizer.initialized
+    for step in range(50):
+        quantizer.set_progress(step / 50)
+        _, indices, _ = quantizer(torch.randn(256, 4))
+    assert len(indices.unique()) == 8
+
+
+def test_the_state_is_tensors_and_that_of_earlier_versions_loads():
+    state = trained_once().state_dict()
+    assert all(torch.is_tensor(value) for value in state.values())
+    other = BAQuantizer(16, 4)
+    other.load_state_dict({**state, "_extra_state": {"initialized": True}})
+    assert other.initialized and torch.equal(other.codebook, state["codebook"])
+
+
 def test_eval_changes_no_state():
     for quantizer in both():
         quantizer.train()(torch.randn(30, 4))
         before = copy.deepcopy(quantizer.state_dict())
         quantizer.eval()(torch.randn(30, 4))
         after = quantizer.state_dict()
-        assert all(before[k] == after[k] if k == "_extra_state" else torch.equal(before[k], after[k]) for k in before)
+        assert all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_state_dict_round_trip_continues_the_same():
@@ -397,7 +460,7 @@ def test_half_precision_input_keeps_float32_state(dtype):
 def test_a_cast_model_has_a_quantizer_in_float32(cast):
     quantizer = PredictiveQuantizer(BAQuantizer(8, 4), VQEMAQuantizer(8, 4)).train()
     quantizer(torch.randn(5, 4, 4, 4))
-    before = {key: value for key, value in quantizer.state_dict().items() if torch.is_tensor(value)}
+    before = dict(quantizer.state_dict())
     model = cast(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), quantizer))
     assert model[0].weight.dtype != torch.float32
     for key, value in before.items():

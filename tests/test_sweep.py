@@ -377,6 +377,7 @@ def test_comparison_table(tiny_config, capsys):
     assert analysis._sort_value(with_ssim, "ssim") < analysis._sort_value(without, "ssim")
     assert analysis._sort_value(with_ssim, "name") < analysis._sort_value(without, "name")
     assert analysis._sort_value(without, "entropy_weight") == (False, math.inf)
+    assert analysis._sort_value(with_ssim, "ssim", True) > analysis._sort_value(without, "ssim", True)  # last there, too
     for damage in ("", "3\n", None):
         log = folder / "vq_ema" / "metrics.jsonl"
         log.unlink() if damage is None else log.write_text(damage)

@@ -240,6 +240,25 @@ def test_an_overwrite_that_was_stopped_can_be_repeated(tiny_config, monkeypatch)
         vqvae.train(tiny_config(epochs=1, overwrite=True))
 
 
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("CUDA out of memory"), vqvae.UserError("not finite")])
+def test_an_overwrite_whose_first_step_fails_keeps_the_old_run(tiny_config, monkeypatch, failure):
+    before_metrics = vqvae.train(tiny_config(epochs=1))
+    folder = vqvae.Path(tiny_config().out_dir) / "tiny"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fails(*_, **__):
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vqvae, "train_step", fails)
+        with pytest.raises(type(failure)):
+            vqvae.train(tiny_config(epochs=1, lr=0.01, overwrite=True))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert vqvae.train(tiny_config(epochs=1)) == before_metrics
+    again = vqvae.train(tiny_config(epochs=1, lr=0.01, overwrite=True))
+    assert again["config"]["lr"] == 0.01 and len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize("change", ["more", "more, but no more steps", "other training images", "other validation images"])
 def test_a_run_whose_images_have_changed_is_not_resumed(tiny_config, monkeypatch, change):
     vqvae.train(tiny_config(train_subset=None))
@@ -349,7 +368,7 @@ def test_not_a_number_stops_with_the_step(tiny_config, monkeypatch, where, cause
     folder = vqvae.Path(tiny_config().out_dir) / "tiny"
     assert [path.name for path in vqvae.checkpoints(folder)] == ["checkpoint_epoch_0001.pt"]
     model, _ = vqvae.load_model(folder / "checkpoint_epoch_0001.pt")
-    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if torch.is_tensor(tensor))
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
     monkeypatch.setattr(vqvae, "train_step", real_step)
     assert vqvae.train(tiny_config(epochs=3))["num_images"] == 40
 
@@ -573,6 +592,15 @@ def test_training_from_a_thread_works(tiny_config):
 def test_a_rank_alone_is_no_process_group(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     vqvae.start_processes()
+    assert not vqvae.dist.is_initialized()
+
+
+def test_half_of_what_torchrun_sets_is_named(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(vqvae.UserError, match="MASTER_PORT.*use torchrun or unset it"):
+        vqvae.start_processes("cpu")
     assert not vqvae.dist.is_initialized()
 
 
