@@ -311,9 +311,7 @@ def reconstruction_grid(records, models, images, indices=range(10)):
     originals = images[indices]
     rows = {"original": originals.numpy()}
     for record, model in zip(records, models):
-        with torch.no_grad():
-            pictures = vqvae.to_bytes(model(vqvae.to_float(originals)).images).permute(0, 2, 3, 1).numpy()
-        rows[f"{record['name']}: PSNR {record['psnr']:.2f} dB on the test set"] = pictures
+        rows[f"{record['name']}: PSNR {record['psnr']:.2f} dB on the test set"] = vqvae.reconstructed(model, originals).numpy()
     figure = Figure(figsize=(1.1 * len(indices), 1.25 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(indices), squeeze=False)
     for line, (name, pictures) in zip(grid, rows.items()):

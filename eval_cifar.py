@@ -125,12 +125,9 @@ def original_features(images, inception, batch_size):
 
 def inception_metrics(model, images, originals, inception, batch_size, refine=0):
     """r-FID and r-IS of a model's reconstructions of images uint8 (N, S, S, 3), with features `originals`, as a dict."""
-    device = next(model.parameters()).device
     features, probabilities = [], []
     for batch in tqdm(images.split(batch_size), desc="inception, reconstructions", disable=None):
-        with torch.no_grad(), vqvae.eval_mode(model):
-            y = vqvae.to_bytes(model(vqvae.to_float(batch.to(device)), refine=refine).images).permute(0, 2, 3, 1)
-        f, p = inception(y)
+        f, p = inception(vqvae.reconstructed(model, batch, refine))
         features.append(f)
         probabilities.append(p)
     mean, deviation = inception_score(torch.cat(probabilities))

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import os
 import sys
-import typing
 from pathlib import Path
 
 # Read when PyTorch is imported. Threads that sleep as soon as they wait train at 0.7 times the speed on an idle CPU, threads that
@@ -63,14 +62,13 @@ def make_parser():
     parser.add_argument("--dry_run", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--no_wandb", dest="wandb", action="store_false",
                         help="do not log to Weights & Biases, whatever the YAML says")
-    hints = typing.get_type_hints(vqvae.Config)
     for field in dataclasses.fields(vqvae.Config):
         default = "" if field.default is None or field.default is False else f" (default {field.default})"
         help_text = (field.metadata["help"] + default).replace("%", "%%")
-        if hints[field.name] is bool:
+        if field.type is bool:
             parser.add_argument(f"--{field.name}", action="store_true", help=help_text)
             continue
-        kind = next(iter(typing.get_args(hints[field.name])), hints[field.name])  # the type of an optional one
+        kind = vqvae.kind_of(field)
         choices = field.metadata["choices"]
         metavar = "|".join(map(str, choices)) if choices else {int: "N", float: "X", str: "TEXT"}[kind]
         parser.add_argument(f"--{field.name}", type=kind, metavar=metavar, help=help_text)

@@ -172,23 +172,23 @@ class Config:
     wandb: bool = option(False, "also log to Weights & Biases (offline without a login)", identity=False)
 
     def __post_init__(self):
-        kinds = typing.get_type_hints(Config)
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, kinds[field.name], getattr(self, field.name)))
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        for name in ("data_dir", "out_dir"):  # a shell does not see a ~ in a YAML file
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
+        if self.dataset == "folder":  # the images are what the run is of, wherever it is continued from
+            object.__setattr__(self, "data_dir", os.path.realpath(self.data_dir))
         classical = self.quantizer == "vq_ema" and self.vq_recipe == "classical"
         one_latent = self.image_size == self.downsample
         self._settle("name", f"{self.quantizer}_k{self.codebook_size}")
         self._settle("prediction", "none" if classical or self.metric == "cosine" or one_latent else "scaled")
-        self._settle("trellis", default_trellis(self))
+        self._settle("trellis", default_trellis(self))  # by the prediction
         self._settle("warmup_fraction", 0.0 if classical else 0.1)
+        self._settle("ema_decay", default_ema_decay(self))  # by prediction and trellis
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.name):
             raise UserError(f"name: {self.name!r} must be letters, digits, '.', '_' and '-', the first a letter or digit")
         if self.dataset == "cifar10" and self.image_size != 32:
             raise UserError(f"image_size: cifar10 images are 32 pixels, not {self.image_size}; drop the setting")
-        for name in ("data_dir", "out_dir"):  # a shell does not see those in a YAML file
-            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
-        if self.dataset == "folder":  # the images are what the run is of, wherever it is continued from
-            object.__setattr__(self, "data_dir", os.path.realpath(self.data_dir))
         if self.image_size % self.downsample:
             raise UserError(f"image_size: {self.image_size} is not divisible by downsample {self.downsample}")
         if self.metric == "cosine" and self.latent_dim == 1:
@@ -202,7 +202,6 @@ class Config:
         if self.codebook_size % trellis_base(self.states):
             raise UserError(f"trellis: with {self.states} states codebook_size {self.codebook_size} must be divisible by "
                             f"{trellis_base(self.states)}")
-        self._settle("ema_decay", default_ema_decay(self))
 
     def _settle(self, name, default):
         """Give a setting that is None its default."""
@@ -256,11 +255,16 @@ def default_ema_decay(config: Config) -> float:
     return round(max(0.9, 1 - math.sqrt(vectors / codes) / 28), 5)
 
 
-def _checked(field, kind, value):
-    """The value of one Config field, in the type `kind` that it is declared with. Raises UserError."""
-    if value is None and type(None) in typing.get_args(kind):
+def kind_of(field):
+    """The type of a Config field's values other than None."""
+    return next(iter(typing.get_args(field.type)), field.type)
+
+
+def _checked(field, value):
+    """The value of one Config field, in the type that it is declared with. Raises UserError."""
+    if value is None and type(None) in typing.get_args(field.type):
         return None
-    kind = next(iter(typing.get_args(kind)), kind)  # the type of an optional one
+    kind = kind_of(field)
     if type(value) is int and abs(value) >= 1 << 1000:  # more than a float holds, or a message should show
         raise UserError(f"{field.name}: this number has too many digits")
     if kind is float and (type(value) is int or value == "inf"):  # JSON has no infinity
@@ -705,16 +709,21 @@ def trellis_base(states: int) -> int:
     return max(1, math.isqrt(states))
 
 
+def _subset(before_that, before, digit, base):
+    """The subset that a digit b means after b' and before that b''."""
+    return base * (digit ^ before_that) + before
+
+
 def _branches(base, device):
     """Subset of each branch, (base, base, base) by the digits b'', b' and b."""
     digits = torch.arange(base, device=device)
-    return base * (digits[:, None, None] ^ digits) + digits[:, None]
+    return _subset(digits[:, None, None], digits[:, None], digits, base)
 
 
 def _subsets(digits, base):
     """Subsets (B, T) along paths of digits (B, T), int64."""
     before = F.pad(digits, (2, 0))  # (B, T + 2)
-    return base * (digits ^ before[:, :-2]) + before[:, 1:-1]
+    return _subset(before[:, :-2], before[:, 1:-1], digits, base)
 
 
 def _digits(subsets, base):
@@ -1894,6 +1903,14 @@ def evaluate(model: VQVAE, images: torch.Tensor, codebook_size: int, batch_size:
     }
 
 
+@torch.no_grad()
+def reconstructed(model: VQVAE, images: torch.Tensor, refine: int = 0) -> torch.Tensor:
+    """Images uint8 (B, S, S, 3) as they come back through a model, the same on the CPU. Eval mode, float32."""
+    x = to_float(images.to(next(model.parameters()).device))
+    with eval_mode(model):
+        return to_bytes(model(x, refine=refine).images).permute(0, 2, 3, 1).cpu()
+
+
 @contextlib.contextmanager
 def eval_mode(model):
     """Eval mode and true float32 convolutions (TF32 would move indices and SSIM)."""
@@ -2184,15 +2201,11 @@ def reconstruction_picture(model, images, title, path, refine=0):
     """PNG: originals uint8 (N, S, S, 3) in the upper row of each pair, reconstructions below."""
     import torchvision  # not above, as in _cifar10
     from matplotlib.figure import Figure
-    device = next(model.parameters()).device
-    with torch.no_grad(), eval_mode(model):
-        x = to_float(images.to(device))
-        y = to_bytes(model(x, refine=refine).images).cpu()
-    originals = images.permute(0, 3, 1, 2).cpu()  # (N, 3, S, S)
     columns = min(8, len(images))
-    gap = originals.new_full((-len(images) % columns, *originals.shape[1:]), 255)  # white, to fill the last rows
-    rows = [row for pair in zip(*(torch.cat([some, gap]).split(columns) for some in (originals, y))) for row in pair]
-    grid = torchvision.utils.make_grid(torch.cat(rows), nrow=columns, padding=2, pad_value=255)
+    gap = images.new_full((-len(images) % columns, *images.shape[1:]), 255)  # white, to fill the last rows
+    both = (torch.cat([some.cpu(), gap.cpu()]).split(columns) for some in (images, reconstructed(model, images, refine)))
+    rows = torch.cat([row for pair in zip(*both) for row in pair]).permute(0, 3, 1, 2)  # (2 N, 3, S, S)
+    grid = torchvision.utils.make_grid(rows, nrow=columns, padding=2, pad_value=255)
     scale = max(1, 64 // images.shape[1])
     pixels = grid.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
     height, width = pixels.shape[:2]
