@@ -1237,8 +1237,8 @@ class BAQuantizer(Quantizer):
             dead = self.restart_dead_codes(z).squeeze(1)  # (codes,)
             self.log_w.copy_(torch.where(dead, self.log_w.mean(), self.log_w))
         counts = self.ema[:, -1:]  # (codes, 1)
-        centroids = self.ema[:, :-1] / counts.clamp_min(1e-12)
-        self.codebook.copy_(self._on_sphere(torch.where(counts <= 1e-12, self.codebook, centroids)))  # <=: nan shows
+        centroids = torch.where(counts <= 1e-12, self.codebook, self.ema[:, :-1] / counts)  # <=, so that nan shows
+        self.codebook.copy_(self._on_sphere(centroids))
 
 
 def checkerboard(size, device):
@@ -2251,7 +2251,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     warmup = max(1, total // 50)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -2376,13 +2376,9 @@ class _Signals:
     def _handle(self, signum, frame):
         self.received = signum
 
-    def release(self):
-        """Give the signals their usual effect again."""
-        while self.previous:
-            signal.signal(*self.previous.popitem())
-
     def __exit__(self, *_):
-        self.release()
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
 
     def agreed(self, step, now=False):
         """The signal received, by any process; with several processes asked every 20 steps, or now."""
@@ -2489,61 +2485,60 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
         model.encoder.compile()
         model.decoder.compile()
 
-    with locked(folder), _deterministic(config.deterministic), _Signals() as signals:
-        step, losses, histogram, spent = restore(config, folder, model, optimizer, steps_per_epoch, images_digest)
-        wandb_run = start_wandb(config, folder)
-        share = config.batch_size // world_size()  # images of a step for each process
-        set_progress = getattr(model.quantizer, "set_progress", lambda progress: None)
-        how_to_resume = "the same command" + (" without --overwrite" if config.overwrite else "") + " resumes"
-        to_replace = config.overwrite
+    with locked(folder), _deterministic(config.deterministic):
+        with _Signals() as signals:
+            step, losses, histogram, spent = restore(config, folder, model, optimizer, steps_per_epoch, images_digest)
+            wandb_run = start_wandb(config, folder)
+            share = config.batch_size // world_size()  # images of a step for each process
+            set_progress = getattr(model.quantizer, "set_progress", lambda progress: None)
+            to_replace = config.overwrite
 
-        while step < total_steps:
-            epoch, start = divmod(step, steps_per_epoch)
-            order = epoch_order(len(train_set), config.seed, epoch).to(device)
-            began = time.perf_counter() - spent
-            model.train()
-            for i in tqdm(range(start, steps_per_epoch), desc=f"epoch {epoch + 1}/{config.epochs}", leave=False,
-                          disable=True if rank() else None):
-                torch.manual_seed(config.seed * 1_000_003 + step)  # restarts do not depend on where a run resumed
-                set_learning_rate(optimizer, learning_rate(step, total_steps, config.lr))
-                set_progress(max(0, step - warmup_steps) / (total_steps - warmup_steps))
-                first = i * config.batch_size + rank() * share
-                x = to_float(train_set[order[first:first + share]])  # (B, 3, S, S)
-                losses[i], indices = take_step(model, optimizer, x, dtype, quantize=step >= warmup_steps)
-                if indices is not None:
-                    count_codes(histogram, model, indices)
-                step += 1
-                signum = signals.agreed(step)
-                if step % 100 == 0:
-                    check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
+            while step < total_steps:
+                epoch, start = divmod(step, steps_per_epoch)
+                order = epoch_order(len(train_set), config.seed, epoch).to(device)
+                began = time.perf_counter() - spent
+                model.train()
+                for i in tqdm(range(start, steps_per_epoch), desc=f"epoch {epoch + 1}/{config.epochs}", leave=False,
+                              disable=True if rank() else None):
+                    torch.manual_seed(config.seed * 1_000_003 + step)  # restarts do not depend on where a run resumed
+                    set_learning_rate(optimizer, learning_rate(step, total_steps, config.lr))
+                    set_progress(max(0, step - warmup_steps) / (total_steps - warmup_steps))
+                    first = i * config.batch_size + rank() * share
+                    x = to_float(train_set[order[first:first + share]])  # (B, 3, S, S)
+                    losses[i], indices = take_step(model, optimizer, x, dtype, quantize=step >= warmup_steps)
+                    if indices is not None:
+                        count_codes(histogram, model, indices)
+                    step += 1
+                    if step % 100 == 0:
+                        check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
+                    if signals.agreed(step):
+                        break
+
+                check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
+                spent = time.perf_counter() - began  # check_finite has waited for the device
+                if to_replace and rank() == 0:  # not before, since a first step may fail, for want of memory say
+                    replace_run(folder, config)
+                report, to_replace = None, False
+                if i + 1 == steps_per_epoch:
+                    record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
+                    timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": spent,
+                              "images_per_second": steps_per_epoch * config.batch_size / spent}
+                    if rank() == 0:
+                        log_epoch(folder, record, timing, wandb_run)
+                    report = epoch_line(config, record, timing)
+                    losses.zero_()
+                    histogram.zero_()
+                    spent = 0.0
+                save_checkpoint(folder, model, optimizer, config, step, losses, histogram, spent, images_digest)
+                signum = signals.agreed(step, now=True)
+                if report and signum != signal.SIGHUP:  # after the checkpoint: where nobody reads it, the epoch is kept
+                    say(report)
                 if signum:
                     break
 
-            check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
-            spent = time.perf_counter() - began  # check_finite has waited for the device
-            if to_replace and rank() == 0:  # not before, since a first step may fail, for want of memory say
-                replace_run(folder, config)
-            report, to_replace = None, False
-            if i + 1 == steps_per_epoch:
-                record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
-                timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": spent,
-                          "images_per_second": steps_per_epoch * config.batch_size / spent}
-                if rank() == 0:
-                    log_epoch(folder, record, timing, wandb_run)
-                report = epoch_line(config, record, timing)
-                losses.zero_()
-                histogram.zero_()
-                spent = 0.0
-            save_checkpoint(folder, model, optimizer, config, step, losses, histogram, spent, images_digest)
-            signum = signum or signals.agreed(step, now=True)
-            if report and signum != signal.SIGHUP:  # after the checkpoint: where nobody reads it, the epoch is kept
-                say(report)
-            if signum:
-                raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
-
-        signals.release()  # training is saved, so Ctrl-C may stop what follows at once
-        if signum := signals.agreed(step, now=True):  # received where no step was left to take
-            raise Interrupted(f"stopped at step {step} of {total_steps}; {how_to_resume}", signum)
+        if signum := signals.agreed(step, now=True):  # also one received where no step was left to take
+            again = "the same command without --overwrite" if config.overwrite else "the same command"
+            raise Interrupted(f"stopped at step {step} of {total_steps}; {again} resumes", signum)
         metrics = finish_run(config, folder, model, train_set, test_set, dtype) if rank() == 0 else {}
         if dist.is_initialized():
             dist.barrier()
