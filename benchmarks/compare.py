@@ -84,26 +84,15 @@ METHODS.update({f"{name}_warmup20": [*METHODS[name], "--warmup_fraction", "0.2"]
 RESULTS = ROOT / "results" / "compare"
 GAUSSIAN = ROOT / "results" / "gaussian_source.json"  # gaussian_source.py writes it
 REFINE = 2  # passes of VQVAE.refined for the refined_ figures (quantizers of this project only)
-COLORS, MARKERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "s^DvPX"  # every pair of them once in 30 methods
-LABELS = {"vq_ema": "VQ-EMA tuned", "vq_ema_no_warmup": "VQ-EMA tuned, no warm-up", "ba_vq_no_warmup": "BA-VQ (λ=10), no warm-up",
-          "vq_ema_predictive": "VQ-EMA tuned, prediction",
-          "vq_ema_predictive_trellis": "VQ-EMA tuned, prediction and trellis",
-          "vq_ema_scaled": "VQ-EMA tuned, scaled prediction",
-          "vq_ema_scaled_trellis": "VQ-EMA tuned, scaled prediction, 4 states",
-          "vq_ema_scaled_trellis16": "VQ-EMA tuned, scaled prediction, 16 states",
-          "vq_ema_scaled_trellis64": "VQ-EMA tuned, scaled prediction, 64 states",
-          "vq_ema_classical": "VQ-EMA classical", "vq_ema_classical_decay99": "VQ-EMA classical, decay 0.99",
-          "lib_ema": "VQ-EMA, k-means start, expiry",
-          "cvq": "CVQ-VAE", "lib_rotation": "VQ-EMA, rotation trick", "lib_cosine": "VQ-EMA, cosine", "lib_simvq": "SimVQ",
-          "lib_fsq": "FSQ", "sinkhorn": "Sinkhorn (OptVQ)", "wasserstein": "Wasserstein VQ",
-          "lib_low_dim": "VQ-EMA, codes of 4 dimensions", "lib_lfq": "LFQ", "sq_vae": "SQ-VAE"}  # in the figure
-CURVES = {("none", "none"): dict(color="#0072B2", label="BA-VQ over λ"),  # (prediction, trellis)
-          ("checkerboard", "none"): dict(color="black", label="BA-VQ over λ, prediction"),
-          ("checkerboard", "4"): dict(color="#7B1FA2", label="BA-VQ over λ, prediction and trellis"),
-          ("scaled", "none"): dict(color="#8D6E63", label="BA-VQ over λ, scaled prediction"),
-          ("scaled", "4"): dict(color="#C2185B", label="BA-VQ over λ, scaled prediction, 4 states"),
-          ("scaled", "16"): dict(color="#00695C", label="BA-VQ over λ, scaled prediction, 16 states"),
-          ("scaled", "64"): dict(color="#F9A825", label="BA-VQ over λ, scaled prediction, 64 states")}
+# In the figure: by (prediction, trellis), and the other quantizers.
+KINDS = {("none", "none"): ("#0072B2", "no additions"), ("scaled", "4"): ("#C2185B", "+PT4"),
+         ("scaled", "16"): ("#00695C", "+PT16"), ("scaled", "64"): ("#F9A825", "+PT64")}
+POINTS = {"vq_ema_classical": "VQ-EMA classical", "cvq": "CVQ-VAE", "lib_ema": "VQ-EMA, k-means start, expiry",
+          "wasserstein": "Wasserstein VQ", "lib_low_dim": "VQ-EMA, codes of 4 dimensions", "lib_cosine": "VQ-EMA, cosine",
+          "lib_simvq": "SimVQ", "sq_vae": "SQ-VAE", "sinkhorn": "Sinkhorn (OptVQ)", "lib_fsq": "FSQ",
+          "lib_rotation": "VQ-EMA, rotation trick", "lib_lfq": "LFQ"}
+LOOKS = {name: dict(marker=marker, color=color) for name, (color, marker) in zip(
+    POINTS, itertools.product(("0.3", "#D55E00"), "X^Dv<>"))}
 REFERENCE = "vq_ema"  # differences are taken to this method, seed by seed
 OF_METHODS = {*analysis.QUANTIZER, "prediction", "trellis", "commitment_weight", "seed"}  # may differ within a table
 
@@ -254,52 +243,68 @@ def summary():
 def rate_distortion_figure(path):
     """PNG: PSNR against the entropy of the indices, at each K for the seed that most methods have, without those that lack it.
 
-    BA-VQ is a curve over lambda for each K and each kind in CURVES (prediction, trellis); the other methods are points.
-    Left everything, with Shannon's curve of a Gaussian source from GAUSSIAN; right the neighbourhood of the longest curve.
+    BA-VQ is a curve over lambda for each K and each of KINDS, tuned VQ-EMA a square of the same colour, and the methods of
+    POINTS are points. Left everything, with Shannon's curve of a Gaussian source from GAUSSIAN; right the K of the longest curve.
     """
     dim, hidden, epochs = 8, 64, 10
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     both = figure.subplots(1, 2)
-    looks, curves = {}, []
+    curves = []  # (K, [(lambda, rate, quality)])
     for (dataset, size, *rest), methods in sorted(load_results().items()):
         if (dataset, *rest) != ("cifar10", dim, hidden, 2, 128, epochs):
             continue
         counts = collections.Counter(itertools.chain.from_iterable(methods.values()))
         seed = min(counts, key=lambda seed: (-counts[seed], seed))  # the lowest of the most frequent
-        found = {kind: [] for kind in CURVES}  # lists of (lambda, rate, quality)
-        for name, run in sorted((name, runs[seed]) for name, runs in methods.items() if seed in runs):
-            rate, quality, config = run["bits_per_index"], run["psnr"], run["config"]
-            if re.fullmatch(r"ba_vq_lambda(\d+|inf)(_(predictive|scaled)(_trellis(16|64)?)?)?", name):
-                found[config["prediction"], config["trellis"]].append((float(config["entropy_weight"]), rate, quality))
-                continue
-            looks.setdefault(name, dict(color=COLORS[len(looks) % len(COLORS)], marker=MARKERS[len(looks) % len(MARKERS)]))
-            for axes in both:
-                axes.plot(rate, quality, linestyle="none", markersize=6, label=LABELS.get(name, name), **looks[name])
-        found = {kind: sorted(curve) for kind, curve in found.items() if curve}
-        curves += found.values()
+        runs = {name: runs[seed] for name, runs in sorted(methods.items()) if seed in runs}
         for axes in both:
-            for kind, curve in found.items():
-                axes.plot(*zip(*[point[1:] for point in curve]), "o-", zorder=3, **CURVES[kind])
+            for name, run in runs.items():
+                point, kind = (run["bits_per_index"], run["psnr"]), (run["config"]["prediction"], run["config"]["trellis"])
+                if name in POINTS:
+                    axes.plot(*point, linestyle="none", markersize=6, label=POINTS[name], **LOOKS[name])
+                    if point[0] < math.log2(size) - 1:  # closer to the line of another K
+                        axes.annotate(f"K={size}", point, fontsize=8, textcoords="offset points", xytext=(-5, -10), ha="right",
+                                      annotation_clip=True)
+                if re.fullmatch(r"vq_ema(_scaled_trellis(16|64)?)?", name):
+                    color, additions = KINDS[kind]
+                    axes.plot(*point, "s", markersize=7, color=color, fillstyle="none", label=f"VQ-EMA tuned, {additions}")
             axes.axvline(math.log2(size), color="0.6", linestyle=":", linewidth=1)
             axes.annotate(f"K={size}", (math.log2(size), 0.02), xycoords=("data", "axes fraction"), fontsize=8, rotation=90,
                           ha="right", annotation_clip=True)
+        ours = [run for name, run in runs.items() if re.fullmatch(r"ba_vq_lambda(\d+|inf)(_scaled_trellis(16|64)?)?", name)]
+        for kind, (color, additions) in KINDS.items():
+            curve = sorted((float(run["config"]["entropy_weight"]), run["bits_per_index"], run["psnr"]) for run in ours
+                           if (run["config"]["prediction"], run["config"]["trellis"]) == kind)
+            if curve:
+                curves.append((size, curve))
+            for axes in both if curve else ():
+                points = zip(*[point[1:] for point in curve])
+                axes.plot(*points, "o-", markersize=5, color=color, label=f"BA-VQ over λ, {additions}")
     gaussian = vqvae.read_json(GAUSSIAN) if curves and GAUSSIAN.exists() else {}
     if (gaussian.get("dataset"), gaussian.get("downsample")) == ("cifar10", 4):
         both[0].plot([math.log2(point["codebook_size"]) for point in gaussian["sizes"]],
                      [point["shannon"]["psnr"] for point in gaussian["sizes"]], "--", color="0.4", label="Gaussian source, R(D)")
-    longest = max(curves, key=len, default=[])
-    for weight, rate, quality in longest:  # all to the right, where the curve falls away, but for the first
-        both[1].annotate(f"λ={weight:g}".replace("inf", "∞"), (rate, quality), fontsize=8, textcoords="offset points",
-                         **dict(xytext=(5, 5)) if weight else dict(xytext=(-5, 5), ha="right"))
-    if longest:
-        _, rates, qualities = zip(*longest)
-        both[1].set(xlim=(min(rates) - 0.15, max(rates) + 0.1), ylim=(min(qualities) - 0.2, max(qualities) + 0.75))
-    for axes, title in zip(both, (f"CIFAR-10, D = {dim}, hidden {hidden}, {epochs} epochs", "the same, along the longest curve")):
-        axes.set(xlabel="rate: entropy of the indices in bits (dotted: log2 K)", ylabel="PSNR on the test set in dB", title=title)
+    if curves:
+        enlarge(both[1], curves)
+    both[0].set(title=f"CIFAR-10, D = {dim}, hidden width {hidden}, {epochs} epochs")
+    for axes in both:
+        axes.set(xlabel="entropy of an index in bits (dotted: its length, log2 K)", ylabel="PSNR on the test set in dB")
         axes.grid(alpha=0.3)
     handles = dict(zip(*reversed(both[0].get_legend_handles_labels())))  # one entry a name
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+    names = sorted(handles, key=lambda name: (not name.startswith("BA-VQ"), not name.startswith("VQ-EMA tuned")))
+    figure.legend([handles[name] for name in names], names, loc="outside right upper", fontsize=8)
     vqvae.write_figure(path, figure, dpi=110)
+
+
+def enlarge(axes, curves):
+    """Show the K of the longest of some curves (K, [(lambda, rate, quality)]), each point with its lambda."""
+    size, longest = max(curves, key=lambda curve: len(curve[1]))
+    shown = [point for its_size, curve in curves if its_size == size for point in curve]
+    for weight, rate, quality in shown:  # all to the right, where the curves fall away, but for the first
+        axes.annotate(f"λ={weight:g}".replace("inf", "∞"), (rate, quality), fontsize=8, textcoords="offset points",
+                      **dict(xytext=(5, 5)) if weight else dict(xytext=(-5, 5), ha="right"))
+    _, rates, qualities = zip(*shown)
+    axes.set(xlim=(min(rates) - 0.15, max(rates) + 0.12), ylim=(min(qualities) - 0.2, max(qualities) + 0.1),
+             title=f"K = {size}, enlarged")
 
 
 def parse(argv):

@@ -210,27 +210,26 @@ def test_bad_words(words, results, capsys):
 
 def test_rate_distortion_curves_with_and_without_prediction_and_trellis(results, tiny_config, tmp_path, monkeypatch):
     config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, batch_size=128, epochs=10).to_dict()
-    kinds = [(10.0, "none", "none"), (1.0, None, None), (10.0, "checkerboard", "none"), (3.0, "checkerboard", "none"),
-             (3.0, "checkerboard", "4"), (3.0, "scaled", "none"), (3.0, "scaled", "4"), (3.0, "scaled", "16"),
-             (3.0, "scaled", "64")]
-    suffixes = ["", "", "_predictive", "_predictive", "_predictive_trellis", "_scaled", "_scaled_trellis", "_scaled_trellis16",
-                "_scaled_trellis64"]
-    for number, ((weight, prediction, trellis), suffix) in enumerate(zip(kinds, suffixes)):
+    cells = [("ba_vq_lambda10", 10.0, "none", "none"), ("ba_vq_lambda1", 1.0, None, None),
+             ("ba_vq_lambda3_scaled_trellis", 3.0, "scaled", "4"), ("ba_vq_lambda3_scaled_trellis16", 3.0, "scaled", "16"),
+             ("ba_vq_lambda100_scaled_trellis16", 100.0, "scaled", "16"), ("ba_vq_lambda3_scaled_trellis64", 3.0, "scaled", "64"),
+             ("vq_ema_scaled_trellis16", 10.0, "scaled", "16"), ("cvq", 10.0, "none", "none"),
+             ("ba_vq_lambda3_predictive", 3.0, "checkerboard", "none"),  # of another kind than is shown
+             ("ba_vq_lambda3_scaled_trellis_warmup20", 3.0, "scaled", "4"), ("vq_ema_no_warmup", 10.0, "none", "none")]
+    for number, (method, weight, prediction, trellis) in enumerate(cells):
         changed = {**config, "entropy_weight": weight, "prediction": prediction, "trellis": trellis}
         if prediction is None:  # from before there were any
             del changed["prediction"], changed["trellis"]
-        record = {"method": f"ba_vq_lambda{number}{suffix}", "seed": 0, "psnr": 20 + number, "bits_per_index": 3 + number / 10,
-                  "config": changed}
+        record = {"method": method, "seed": 0, "psnr": 20 + number, "bits_per_index": 3 + number / 10, "config": changed}
         (results / f"{number}.json").write_text(json.dumps(record))
-    other = {**record, "method": "ba_vq_lambda3_predictive_trellis_warmup20", "psnr": 19}
-    (results / "other.json").write_text(json.dumps(other))
     figures = []
+    monkeypatch.setattr(compare, "GAUSSIAN", tmp_path / "gaussian.json")
     monkeypatch.setattr(compare, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
     compare.rate_distortion_figure(tmp_path / "figure.png")
-    lines = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[0].lines}
-    assert lines["ba_vq_lambda3_predictive_trellis_warmup20"] == [19]  # another setting than lambda: no point of a curve
-    labels = [curve["label"] for curve in compare.CURVES.values()]
-    assert [lines[label] for label in labels] == [[21, 20], [23, 22], [24], [25], [26], [27], [28]]
+    lines = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[0].lines if line.get_label()[0] != "_"}
+    assert lines == {"BA-VQ over λ, no additions": [21, 20], "BA-VQ over λ, +PT4": [22], "BA-VQ over λ, +PT16": [23, 24],
+                     "BA-VQ over λ, +PT64": [25], "VQ-EMA tuned, +PT16": [26], "CVQ-VAE": [27]}
+    assert len({tuple(look.values()) for look in compare.LOOKS.values()}) == len(compare.POINTS) == len(compare.LOOKS)
 
 
 def test_rate_distortion_figure(results, tiny_config, tmp_path, monkeypatch):
