@@ -144,13 +144,23 @@ def loads_again(path):
     return not peer
 
 
+def final_models_below(base):
+    """Every final_model.pt below a folder, also behind links; a folder that they lead to again, as wandb's do, counts once."""
+    seen = set()
+    for folder, below, names in os.walk(base, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            below.clear()  # or a circle of links would go on for long
+        elif "final_model.pt" in names:
+            yield Path(folder, "final_model.pt")
+        seen.add(place)
+
+
 def find_checkpoints(words):
     """The checkpoint files named, and every final_model.pt below the folders named, but for peers. Raises UserError."""
     found = []
     for path in map(Path, words):
-        files = [path]
-        if os.path.isdir(path):
-            files = sorted(file for file in vqvae.files_below(path) if file.name == "final_model.pt" and loads_again(file))
+        files = sorted(filter(loads_again, final_models_below(path))) if os.path.isdir(path) else [path]
         if not files:
             raise vqvae.UserError(f"checkpoint: no final_model.pt to evaluate below {path}")
         found += files

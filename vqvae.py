@@ -1679,7 +1679,7 @@ def _folder(config, train):
     if not os.path.isdir(base):  # unlike Path.is_dir, False for a name that is too long
         raise UserError(f"data_dir: {base} is no folder; give --data_dir the folder of your images")
     suffixes = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
-    found = [path for path in files_below(base) if path.suffix.lower() in suffixes]
+    found = [path for path in _files_below(base) if path.suffix.lower() in suffixes]
     places = {path: hashlib.sha256(path.relative_to(base).as_posix().encode(errors="surrogateescape")).digest() for path in found}
     paths = sorted(found, key=places.__getitem__)  # shuffled: no split or subset is one class
     if not has_splits:
@@ -1707,7 +1707,7 @@ def _decoded(paths, size):
     return images
 
 
-def files_below(base):
+def _files_below(base):
     """Paths of all files below a folder, also behind links. Raises UserError where a folder is unreadable or reached twice."""
     def refuse(error):
         raise UserError(f"{error.filename}: cannot read this folder ({error.strerror}); make it readable or move it away")
@@ -1716,7 +1716,7 @@ def files_below(base):
     for folder, _, names in os.walk(base, onerror=refuse, followlinks=True):
         place = os.path.realpath(folder)
         if place in seen:
-            raise UserError(f"{folder}: links lead to this folder twice, so its files would count twice; remove one")
+            raise UserError(f"{folder}: links lead to this folder twice, so its images would count twice; remove one")
         seen.add(place)
         yield from (Path(folder, name) for name in names)
 

@@ -248,6 +248,9 @@ def test_runs_behind_links_are_found(run_folder, tmp_path):
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "run").symlink_to(run_folder)
+    (linked / "again").mkdir()
+    (linked / "again" / "circle").symlink_to(linked)
+    (run_folder / "latest").symlink_to(run_folder)  # as wandb has them
     assert eval_cifar.find_checkpoints([str(linked)]) == [linked / "run" / "final_model.pt"]
 
 
