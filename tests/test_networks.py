@@ -206,7 +206,7 @@ def test_a_model_can_be_exported(prediction):
     model = vqvae.make_model(config).train()
     model(torch.rand(4, 3, 16, 16))
     x = torch.rand(2, 3, 16, 16)
-    exported = torch.export.export(model.eval(), (x,)).module()
+    exported = torch.export.export(model.eval(), (x,), strict=False).module()
     assert torch.equal(exported(x)[1], model(x).indices)
 
 
