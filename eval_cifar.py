@@ -154,6 +154,7 @@ def final_models_below(base):
         elif "final_model.pt" in names:
             yield Path(folder, "final_model.pt")
         seen.add(place)
+        below.sort(key=lambda name: os.path.islink(os.path.join(folder, name)))  # a run goes by its own name
 
 
 def find_checkpoints(words):

@@ -596,12 +596,12 @@ def _best(scores):
 
 
 def nearest_code(z, codebook):
-    """Index (N,) of the code nearest to each row of z (N, D) in squared distance; codebook (K, D)."""
+    """Number (N,) of the code nearest to each row of z (N, D) in squared distance; codebook (K, D)."""
     half_norms = _half_norms(codebook)
-    indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # pieces kept from each chunk would fragment the heap
-    for chunk, nearest in _chunks(len(codebook), z, indices):
+    numbers = torch.empty(len(z), dtype=torch.int64, device=z.device)  # pieces kept from each chunk would fragment the heap
+    for chunk, nearest in _chunks(len(codebook), z, numbers):
         nearest[:] = _best(_scores(chunk, codebook, half_norms))[1]
-    return indices
+    return numbers
 
 
 def _exp(x):
@@ -648,8 +648,8 @@ def soft_assign(z, codebook, log_w, temperature):
     half_norms = _half_norms(codebook)
     stats = z.new_zeros(z.shape[1] + 1, len(codebook))  # (D + 1, K): products with rows of P are fast this way round
     best_sum, squares = z.new_zeros(()), z.new_zeros(())
-    indices = torch.empty(len(z), dtype=torch.int64, device=z.device)  # pieces kept from each chunk would fragment the heap
-    for chunk, nearest in _chunks(len(codebook), z, indices):  # (n, D), (n,)
+    numbers = torch.empty(len(z), dtype=torch.int64, device=z.device)  # pieces kept from each chunk would fragment the heap
+    for chunk, nearest in _chunks(len(codebook), z, numbers):  # (n, D), (n,)
         scores = _scores(chunk, codebook, half_norms)  # (n, K)
         best, nearest[:] = _best(scores)  # (n,)
         # Subtracting the best first keeps exact ties exact at any temperature.
@@ -657,7 +657,7 @@ def soft_assign(z, codebook, log_w, temperature):
         stats.addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
         best_sum += best.sum()
         squares += torch.linalg.vector_norm(P).square()
-    return Assignment(indices, stats.T.contiguous(), best_sum, len(z) - squares)
+    return Assignment(numbers, stats.T.contiguous(), best_sum, len(z) - squares)
 
 
 def e_step(device, dim):
@@ -1421,7 +1421,7 @@ class VQVAE(nn.Module):
     quantizer: any module that maps latents (B, D, H, W) to the triple (z_q, indices, loss). It may have `set_progress`, which
     is called each step, `code_numbers` and `trellis`, where an index is not the number of its code, and `metric` 'cosine', for
     latents of length 1; `decode` needs its `codes`, `refined` its `codebook` and `codebook_size`, too. In training mode it
-    learns from what it is called with, in `encode`, too. hidden_dim: at least 2. Raises ValueError on a value out of range.
+    learns from what it is called with, in `encode`, too. hidden_dim: at least 2. Raises ValueError on other sizes.
     """
 
     def __init__(self, quantizer: nn.Module, hidden_dim: int = 128, latent_dim: int = 16, downsample: int = 4,
@@ -2035,7 +2035,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def all_finite(model):
     """Whether all weights and buffers are finite; waits for a GPU once."""
-    return torch.stack([x.isfinite().all() for x in model.state_dict().values()]).all().item()
+    return torch.stack([x.isfinite().all() for x in model.state_dict().values() if isinstance(x, torch.Tensor)]).all().item()
 
 
 def load_state(model, state, path):
@@ -2145,14 +2145,15 @@ def locked(folder):
         yield
 
 
-def replace_run(folder, config):
+def replace_run(folder, config, wandb_run):
     """Delete what an earlier run has written, and nothing else; config.yaml, which says that it is a run, becomes this one's."""
     for name in ("final_metrics.json", *(path.name for path in checkpoints(folder)), "metrics.jsonl", "timing.jsonl",
-                 "final_model.pt", "eval_metrics.json", "reconstructions.png", "codebook_usage.png",
-                 *([] if config.wandb else ["wandb_id"])):  # `start_wandb` has replaced it
+                 "final_model.pt", "eval_metrics.json", "reconstructions.png", "codebook_usage.png", "wandb_id"):
         with _writing(folder / name):
             (folder / name).unlink(missing_ok=True)
     write_text(folder / "config.yaml", config_yaml(config))
+    if wandb_run:
+        write_text(folder / "wandb_id", wandb_run.id)
 
 
 def config_yaml(config):
@@ -2411,7 +2412,8 @@ def start_wandb(config, folder):
     import wandb  # not above: few runs need it
     id_file = folder / "wandb_id"
     run_id = id_file.read_text() if id_file.exists() and not config.overwrite else secrets.token_hex(6)
-    write_text(id_file, run_id)
+    if not config.overwrite:  # else `replace_run` does
+        write_text(id_file, run_id)
     options = dict(project="vq-codebook-utilization", name=config.name, id=run_id, resume="allow", dir=str(folder),
                    config=config.to_dict())
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
@@ -2425,7 +2427,7 @@ def start_wandb(config, folder):
 
 
 def start_processes(device: str = "auto"):
-    """Join the process group when started by torchrun. Raises UserError where there are fewer GPUs than processes."""
+    """Join the process group when started by torchrun. Raises UserError for too few GPUs, or half of its variables."""
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ) and not dist.is_initialized():
         on_gpus = torch.cuda.is_available() and device != "cpu"
         if on_gpus:
@@ -2516,11 +2518,13 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
 
                 check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
                 spent = time.perf_counter() - began  # check_finite has waited for the device
-                if to_replace and rank() == 0:  # not before, since a first step may fail, for want of memory say
-                    replace_run(folder, config)
-                report, to_replace = None, False
+                record = report = None
                 if i + 1 == steps_per_epoch:
                     record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
+                if to_replace and rank() == 0:  # not before: a first step or validation may fail, for want of memory say
+                    replace_run(folder, config, wandb_run)
+                to_replace = False
+                if record:
                     timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": spent,
                               "images_per_second": steps_per_epoch * config.batch_size / spent}
                     if rank() == 0:
@@ -2581,7 +2585,7 @@ def restore(config, folder, model, optimizer, steps_per_epoch, images_digest):
         say(f"resuming {folder} from {saved[-1].name} (step {step} of {steps_per_epoch * config.epochs})")
     elif config.resume:
         raise UserError(f"{folder}: has no checkpoint to resume; drop --resume to start it again")
-    if rank() == 0 and not config.overwrite:
+    if rank() == 0 and not (config.overwrite and (folder / "config.yaml").exists()):
         write_text(folder / "config.yaml", config_yaml(config))
         for log in ("metrics.jsonl", "timing.jsonl"):
             keep_lines(folder / log, step // steps_per_epoch)

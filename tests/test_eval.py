@@ -248,10 +248,13 @@ def test_runs_behind_links_are_found(run_folder, tmp_path):
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "run").symlink_to(run_folder)
+    (linked / "a_link").symlink_to(linked / "own")
+    (linked / "own").mkdir()
+    (linked / "own" / "final_model.pt").touch()
     (linked / "again").mkdir()
     (linked / "again" / "circle").symlink_to(linked)
     (run_folder / "latest").symlink_to(run_folder)  # as wandb has them
-    assert eval_cifar.find_checkpoints([str(linked)]) == [linked / "run" / "final_model.pt"]
+    assert eval_cifar.find_checkpoints([str(linked)]) == [linked / "own" / "final_model.pt", linked / "run" / "final_model.pt"]
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_the_work(run_folder, monkeypatch, capsys):

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import vqvae
 
-pytestmark = pytest.mark.skipif(torch.__version__ < "2.9", reason="PyTorch 2.6 aborts in a convolution of fake CUDA tensors where "
-                                                                  "there is no driver; those up to 2.9 were not tried")
+pytestmark = pytest.mark.skipif(torch.__version__ < "2.9", reason="PyTorch 2.6 aborts in a convolution of fake CUDA tensors, for "
+                                                                  "want of a driver; those up to 2.9 were not tried")
 
 
 class Waits(TorchDispatchMode):

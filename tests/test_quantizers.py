@@ -293,7 +293,7 @@ def test_codes_that_were_copied_in_any_way_stay(kind, copied):
 
 
 @pytest.mark.parametrize("kind", [VQEMAQuantizer, BAQuantizer])
-def test_codes_of_another_size_are_refused_and_change_nothing(kind):
+def test_codes_of_another_size_are_refused_and_start_afresh(kind):
     """A state of which only the shapes that fit are loaded must not leave a codebook of zeros that counts as started."""
     quantizer, state = kind(8, 4).train(), trained_once(kind).state_dict()
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -313,6 +313,14 @@ def test_the_state_is_tensors_and_that_of_earlier_versions_loads():
     other = BAQuantizer(16, 4)
     other.load_state_dict({**state, "_extra_state": {"initialized": True}})
     assert other.initialized and torch.equal(other.codebook, state["codebook"])
+
+
+def test_a_state_without_codes_starts_again():
+    quantizer = trained_once()
+    quantizer.load_state_dict(BAQuantizer(16, 4).state_dict())
+    assert not quantizer.initialized
+    quantizer(torch.randn(200, 4))
+    assert quantizer.initialized and quantizer.codebook.any()
 
 
 def test_eval_changes_no_state():

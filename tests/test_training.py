@@ -1,6 +1,7 @@
 """The training loop: artefacts, learning, resuming bit for bit, refusing what would lose work."""
 
 import errno
+import importlib.machinery
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -241,7 +243,8 @@ def test_an_overwrite_that_was_stopped_can_be_repeated(tiny_config, monkeypatch)
 
 
 @pytest.mark.parametrize("failure", [torch.OutOfMemoryError("CUDA out of memory"), vqvae.UserError("not finite")])
-def test_an_overwrite_whose_first_step_fails_keeps_the_old_run(tiny_config, monkeypatch, failure):
+@pytest.mark.parametrize("where", ["train_step", "evaluate"])
+def test_an_overwrite_whose_first_epoch_fails_keeps_the_old_run(tiny_config, monkeypatch, where, failure):
     before_metrics = vqvae.train(tiny_config(epochs=1))
     folder = vqvae.Path(tiny_config().out_dir) / "tiny"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -250,7 +253,7 @@ def test_an_overwrite_whose_first_step_fails_keeps_the_old_run(tiny_config, monk
         raise failure
 
     with monkeypatch.context() as patch:
-        patch.setattr(vqvae, "train_step", fails)
+        patch.setattr(vqvae, where, fails)
         with pytest.raises(type(failure)):
             vqvae.train(tiny_config(epochs=1, lr=0.01, overwrite=True))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -775,6 +778,32 @@ def test_wandb_never_blocks_without_login_or_network(tiny, tmp_path, login):
         assert ids[0] == ids[1] != ids[2]
 
 
+def test_an_overwrite_logs_to_a_new_wandb_run_once_it_has_worked(tiny_config, monkeypatch):
+    stub = types.ModuleType("wandb")  # the service itself is tested above
+    stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    stub.api, stub.Settings = types.SimpleNamespace(api_key=None), dict
+    stub.errors = types.SimpleNamespace(CommError=OSError, UsageError=OSError)
+    stub.init = lambda id, **_: types.SimpleNamespace(id=id, summary={}, log=lambda *_, **__: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def fail_once(**changes):
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(vqvae, "train_step", fails)
+            vqvae.train(tiny_config(epochs=1, wandb=True, overwrite=True, **changes))
+
+    fail_once()  # a new name is not blocked by it
+    vqvae.train(tiny_config(epochs=1, wandb=True))
+    id_file = vqvae.Path(tiny_config().out_dir) / "tiny" / "wandb_id"
+    old = id_file.read_text()
+    fail_once(lr=0.01)
+    assert id_file.read_text() == old
+    vqvae.train(tiny_config(epochs=1, wandb=True, overwrite=True, lr=0.01))
+    assert len(id_file.read_text()) == len(old) and id_file.read_text() != old
+
+
 def test_overwrite_deletes_only_what_a_run_writes(tiny_config, tmp_path):
     folder = tmp_path / "experiments" / "tiny"
     vqvae.train(tiny_config(epochs=1))
@@ -831,8 +860,7 @@ def test_no_host_sync_in_a_training_step(monkeypatch):
 
     with Watch(), pytest.raises(AssertionError, match="aten.index"):
         torch.ones(2)[torch.ones(2).bool()]
-    for told in ("_surely_none", "_surely_few"):
-        monkeypatch.setattr(vqvae, told, lambda mask: False)  # as on a GPU
+    monkeypatch.setattr(vqvae, "_can_look", lambda tensor: False)  # as on a GPU
     for quantizer, prediction, trellis in itertools.product(
             ("vq_ema", "ba_vq"), ("none", "checkerboard", "scaled"), ("none", "16")):
         config = vqvae.Config(hidden_dim=8, latent_dim=4, codebook_size=8, quantizer=quantizer, prediction=prediction,
