@@ -782,8 +782,13 @@ def test_an_overwrite_logs_to_a_new_wandb_run_once_it_has_worked(tiny_config, mo
     stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     stub.api, stub.Settings = types.SimpleNamespace(api_key=None), dict
     stub.errors = types.SimpleNamespace(CommError=OSError, UsageError=OSError)
-    stub.init = lambda id, **_: types.SimpleNamespace(id=id, summary={}, log=lambda *_, **__: None, finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", stub)
+
+    def init(id, dir, **_):
+        (vqvae.Path(dir) / "wandb").mkdir(exist_ok=True)
+        return types.SimpleNamespace(id=id, summary={}, log=lambda *_, **__: None, finish=lambda: None)
+
+    stub.init = init
 
     def fails(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
