@@ -274,11 +274,12 @@ def rate_distortion_figure(path):
         for kind, (color, additions) in KINDS.items():
             curve = sorted((float(run["config"]["entropy_weight"]), run["bits_per_index"], run["psnr"]) for run in ours
                            if (run["config"]["prediction"], run["config"]["trellis"]) == kind)
-            if curve:
-                curves.append((size, curve))
-            for axes in both if curve else ():
-                points = zip(*[point[1:] for point in curve])
-                axes.plot(*points, "o-", markersize=5, color=color, label=f"BA-VQ over λ, {additions}")
+            if not curve:
+                continue
+            curves.append((size, curve))
+            _, rates, qualities = zip(*curve)
+            for axes in both:
+                axes.plot(rates, qualities, "o-", markersize=5, color=color, label=f"BA-VQ over λ, {additions}")
     gaussian = vqvae.read_json(GAUSSIAN) if curves and GAUSSIAN.exists() else {}
     if (gaussian.get("dataset"), gaussian.get("downsample")) == ("cifar10", 4):
         both[0].plot([math.log2(point["codebook_size"]) for point in gaussian["sizes"]],
