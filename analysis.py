@@ -247,7 +247,7 @@ def training_curves(folders):
             lines = [line for line in lines if "train_perplexity" in line]  # without epochs of warm-up
             split = "val" if "val_psnr" in lines[-1] else "train"
             epochs = [line["epoch"] for line in lines]
-            quality = [line["val_psnr"] if split == "val" else -10 * math.log10(line["recon_loss"]) for line in lines]
+            quality = [line["val_psnr"] if split == "val" else vqvae.psnr(line["recon_loss"]).item() for line in lines]
             use = [line[f"{split}_perplexity"] / record["config"]["codebook_size"] for line in lines]
         except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
             raise vqvae.UserError(f"{folder}: its metrics.jsonl is missing or damaged ({error}); leave the run out") from error
@@ -487,7 +487,7 @@ def main(argv=None):
     folders = without_peers(finished)
     records = load_runs(folders)
     if not records:
-        raise vqvae.UserError("none of these is a run folder")
+        raise vqvae.UserError("none of these is a finished run; give folders with a final_metrics.json, as experiments/NAME")
     print(table(records, options.sort_by))
     if len({record["config"]["seed"] for record in records}) > 1:
         print(f"\n{over_seeds(records)}")

@@ -74,7 +74,10 @@ def inception_score(probabilities, splits=10):
 
 
 class Inception:
-    """clean-fid's TorchScript Inception and resizing: uint8 images (B, S, S, 3) -> features and class probabilities."""
+    """clean-fid's TorchScript Inception and resizing: uint8 images (B, S, S, 3) -> features and class probabilities.
+
+    source: what eval_metrics.json says of it. Raises UserError on another file.
+    """
 
     def __init__(self, path, mode, device):
         with warnings.catch_warnings():
@@ -88,6 +91,9 @@ class Inception:
                                       "delete it to have it downloaded again") from error
             self.resize = build_resizer(mode)
         self.device = device
+        self.source = {"fid_mode": mode, "inception_path": str(path),
+                       "inception_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                       "clean_fid_version": metadata.version("clean-fid")}
 
     @torch.no_grad()
     def __call__(self, images):
@@ -136,7 +142,7 @@ def inception_metrics(model, images, originals, inception, batch_size, refine=0)
 
 
 def loads_again(path):
-    """Whether a final_model.pt has a quantizer of this project; says so where not, which its run's metrics tell."""
+    """Whether a final_model.pt can be loaded again: its run's metrics name no peer. Prints a line about one that is left out."""
     metrics = path.with_name("final_metrics.json")
     peer = vqvae.read_json(metrics).get("peer") if metrics.exists() else None
     if peer:
@@ -163,7 +169,8 @@ def find_checkpoints(words):
     for path in map(Path, words):
         files = sorted(filter(loads_again, final_models_below(path))) if os.path.isdir(path) else [path]
         if not files:
-            raise vqvae.UserError(f"checkpoint: no final_model.pt to evaluate below {path}")
+            raise vqvae.UserError(f"checkpoint: no final_model.pt to evaluate below {path}; give the folder of a finished run "
+                                  "or a checkpoint")
         found += files
     folders = [os.path.realpath(path.parent) for path in found]
     if len(set(folders)) < len(folders):
@@ -209,11 +216,10 @@ def evaluate_checkpoint(path, options, device, inception, originals):
     metrics = {"checkpoint": str(path), "dataset": config.dataset, "codebook_size": size, "refine": refine,
                **vqvae.evaluate(model, images, size, batch_size, refine=refine, histogram=histogram)}
     if inception is not None:
-        network, source = inception
         data = (config.dataset, config.data_dir, config.image_size, config.test_subset)
         if data not in originals:
-            originals[data] = original_features(images, network, batch_size)
-        metrics.update(inception_metrics(model, images, originals[data], network, batch_size, refine), **source)
+            originals[data] = original_features(images, inception, batch_size)
+        metrics.update(inception_metrics(model, images, originals[data], inception, batch_size, refine), **inception.source)
     vqvae.write_json(path.parent / "eval_metrics.json", metrics)
     vqvae.write_pictures(path.parent, model, images, config, metrics, histogram, refine)
     return metrics
@@ -240,11 +246,7 @@ def main(argv=None):
     inception, missing = None, None
     if not options.no_fid:
         try:
-            weights = find_inception(options.inception)
-            source = {"fid_mode": options.mode, "inception_path": str(weights),
-                      "inception_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-                      "clean_fid_version": metadata.version("clean-fid")}
-            inception = Inception(weights, options.mode, device), source
+            inception = Inception(find_inception(options.inception), options.mode, device)
         except vqvae.UserError as error:
             if options.inception is not None:
                 raise
@@ -253,7 +255,7 @@ def main(argv=None):
     rows = [evaluate_checkpoint(path, options, device, inception, originals) for path in paths]
     print_table(rows)
     if missing is not None:
-        print(f"error: r-FID and r-IS are missing: {missing}; or give it as --inception FILE", file=sys.stderr)
+        vqvae.complain(f"error: r-FID and r-IS are missing: {missing}; or give it as --inception FILE")
         return 3
     return 0
 

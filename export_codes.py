@@ -5,8 +5,8 @@
     python export_codes.py encode --checkpoint experiments/RUN/final_model.pt --refine 2 --output better_codes.npz
     python export_codes.py decode --checkpoint experiments/RUN/final_model.pt --input test_codes.npz --output images.npz
 
-The .npz of encode holds `indices` (N, H, W), unsigned, of the smallest type that holds K, and `codebook_size`;
-that of decode holds `images` (N, S, S, 3) uint8.
+The .npz of encode holds `indices` (N, H, W), of the smallest unsigned type that holds K - 1, `codebook_size`, and
+`model`, the sha256 of the weights, which decode checks; that of decode holds `images` (N, S, S, 3) uint8.
 """
 
 import dataclasses
@@ -95,7 +95,8 @@ def decode_command(options, model, config):
     except Exception as error:  # NumPy and zipfile raise many types on damaged or foreign files; all mean the same here
         raise vqvae.UserError(f"{options.input}: not a file of `export_codes.py encode` ({error})") from error
     if size != config.codebook_size:
-        raise vqvae.UserError(f"{options.input}: codes of a codebook of {size}, the checkpoint has {config.codebook_size}")
+        raise vqvae.UserError(f"{options.input}: codes of a codebook of {size}, the checkpoint has {config.codebook_size}; "
+                              "give the one that made them")
     if weights not in (None, weights_digest(model)):
         raise vqvae.UserError(f"{options.input}: codes of another model than {options.checkpoint}; give the one that made them")
     side = config.image_size // config.downsample

@@ -169,7 +169,7 @@ def main(argv=None):
         vqvae.write_figure(out_dir / "summary.png", analysis.size_picture(records))
     failed = [name for name in runs if status[name] != "finished"]
     if failed:
-        print(f"failed: {', '.join(failed)}; see {out_dir}/NAME.log, then run {same} again", file=sys.stderr)
+        vqvae.complain(f"failed: {', '.join(failed)}; see {out_dir}/NAME.log, then run {same} again")
     return 1 if failed else 0
 
 

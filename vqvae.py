@@ -75,7 +75,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Training stopped (exit code 128 + signum): by a signal, and saved, or as nobody reads it, at the last checkpoint."""
+    """Training stopped early (exit code 128 + signum): by a signal, and saved, or as nobody reads it (see `train`)."""
 
     def __init__(self, message, signum):
         super().__init__(message, signum)  # both, or it could not be sent from one process to another
@@ -233,7 +233,7 @@ class Config:
 def default_trellis(config: Config) -> str:
     """16 states where they were measured to pay (results/FINDINGS.md), 4 for larger K, where 16 would take too long.
 
-    None without prediction, for a K that has no equal parts, and where an image has so many latents that the loops along its
+    None without prediction, for a K that 4 does not divide, and where an image has so many latents that the loops along its
     path would be what training waits for.
     """
     many = (config.image_size // config.downsample) ** 2 > 256
@@ -555,7 +555,6 @@ def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | 
 # ----------------------------------------------------------------------------------------
 # Quantizers
 
-FUSED_UP_TO = 64  # dimensions of the latents: beyond, a large codebook's fused E-step is slower than the chunked one
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24, "mps": 1 << 23}  # of the N x K score matrix alive at once
 
 
@@ -660,7 +659,10 @@ def soft_assign(z, codebook, log_w, temperature):
     return Assignment(numbers, stats.T.contiguous(), best_sum, len(z) - squares)
 
 
-def e_step(device, dim):
+FUSED_UP_TO = 64  # dimensions of the latents: beyond, a large codebook's fused E-step is slower than the chunked one
+
+
+def fastest_e_step(device, dim):
     """The E-step for latents (N, dim): `soft_assign`, or vqvae_kernels.py's, which is fused.
 
     That is for D up to FUSED_UP_TO, GPUs from Ampere on, where Triton is installed and the file lies beside this one.
@@ -675,11 +677,11 @@ def e_step(device, dim):
 def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     """One damped step of the log prior log w (K,) towards log w = (1 - lambda) log(K q).
 
-    q (K,) marginal; entropy_weight lambda in [0, inf]; step eta in (0, 1]; sensitivity s in (0, 1],
-    used for lambda > 1: mean of d log q_k / d log w_k, which goes to 0 as assignments get hard, so the caller bounds it. The step
-    is scaled by it as Newton's method with that diagonal asks, since at a low temperature q hardly answers to w. lambda = 0 and
-    eta = 1 is Blahut-Arimoto's q update; lambda = inf is dual ascent on q_k = 1/K, where eta = s = 1
-    a Sinkhorn half-step for codes that have too much (Cuturi 2013).
+    q: (K,) marginal of the codes.  entropy_weight: lambda in [0, inf].  step: eta in (0, 1].
+    sensitivity: s in (0, 1], mean of d log q_k / d log w_k, used for lambda > 1: at a low temperature q hardly answers to w, so
+    the step is larger, as in Newton's method with that diagonal. It goes to 0 there, so the caller bounds it from below.
+    lambda = 0 with eta = 1 is Blahut-Arimoto's update of q; lambda = inf is dual ascent on q_k = 1/K, with eta = s = 1 a Sinkhorn
+    half-step for codes that have too much (Cuturi 2013).
     """
     if entropy_weight <= 1:
         return log_w + step * ((1 - entropy_weight) * (q * len(q)).clamp_min(1e-12).log() - log_w)
@@ -774,10 +776,10 @@ def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
 
 
 def _on_path(function, values):
-    """function(values) of values (B, T, ...) of the latents of images, row by row, where it wants them in the order of the path.
+    """`function`, which wants values (B, T, ...) of images' latents in the order of the path, of those row by row; so the result.
 
-    The path goes on by about a golden section of its length, round and round, so that places passed one after the other lie far
-    apart: by the nearest number to 0.382 of it that has no factor in common with it (short ones have none that does much).
+    The path goes on by a fixed stride, round and round: the number nearest to 0.382 T, a golden section, that has no factor in
+    common with T. So it passes every place, and those passed one after the other lie far apart (where T is small, hardly).
     """
     length = values.shape[1]
     stride = min((n for n in range(1, length + 1) if math.gcd(n, length) == 1), key=lambda n: abs(n - 0.382 * length))
@@ -786,7 +788,7 @@ def _on_path(function, values):
 
 
 def _by_paths(function, values):
-    """function(values) of values (B, T, subsets), for as many paths at once as keep their branches within CHUNK_ELEMENTS."""
+    """`_on_path` for values (B, T, subsets), as many paths at once as keep the values on all branches within CHUNK_ELEMENTS."""
     length, subsets = values.shape[1:]
     paths = max(1, _elements_at_once(values.device) // (length * subsets * trellis_base(subsets)))
     return torch.cat([_on_path(function, some) for some in values.split(paths)])
@@ -858,12 +860,13 @@ LEAST_LOG_P = -20.0  # subsets less probable for a row (2e-9) are left out of it
 
 
 def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
-    """`soft_assign` to codes (codes, D) of paths of `length` rows of z (N, D), where a row's distance counts weights (N,) times.
+    """`soft_assign` where the codes of an image are chosen jointly, along a path of `length` rows of z (N, D).
 
-    P of a path ~ the product of w_k exp(-(weight d_s + d - d_s)/temperature) of its codes, d_s the distance to the nearest code
-    of the subset. Between codes of one subset the weight does not count: where it is small the prior alone would decide, and a
-    code that has starved would get all such rows. Returns Assignment: its numbers are those of the nearest paths, its score is
-    weighted, its sums are not. The scores are computed before the paths are known and, where need be, again after.
+    P of a path ~ the product over its rows of w_k exp(-(v d_s + d - d_s) / temperature): d the squared distance to the row's
+    code, d_s that to the nearest code of the same subset, v the row's entry of weights (N,). So v counts in the choice between
+    subsets, not within one: where it is small the prior alone would decide there, and a code that has starved would get all such
+    rows. Returns Assignment: its numbers are those of the nearest paths, its score is weighted, its sums are not. The scores are
+    computed before the paths are known and, where need be, again after.
     """
     half_norms, size = _half_norms(codebook), len(codebook) // states
     best, log_sums = z.new_empty(2, len(z), states)  # of each subset: best score; log of its summed factors, relative to it
@@ -1215,7 +1218,7 @@ class BAQuantizer(Quantizer):
             squares = weights * squares
             soft = functools.partial(soft_assign_paths, length=length, states=self.trellis, weights=weights)
         else:
-            soft = e_step(z.device, self.dim)
+            soft = fastest_e_step(z.device, self.dim)
         for _ in range(self.ba_iters):
             batch = soft(z, self.codebook, self.log_w, tau)
             distortion = (squares.sum() - 2 * batch.score).clamp_min(0)
@@ -1371,9 +1374,6 @@ class PredictiveQuantizer(Float32Module):
         return Quantized(z_q.permute(0, 3, 1, 2).to(z.dtype), indices, loss)
 
 
-OWN_QUANTIZERS = (VQEMAQuantizer, BAQuantizer, PredictiveQuantizer)  # not those derived from them elsewhere
-
-
 def make_quantizer(config):
     """The quantizer that a Config describes."""
     if config.prediction != "none":
@@ -1388,6 +1388,10 @@ def make_quantizer(config):
                        temperature_end=config.temperature_end, anneal_fraction=config.anneal_fraction, ba_iters=config.ba_iters)
 
 
+# ----------------------------------------------------------------------------------------
+# Autoencoder
+
+
 def live_directions(covariance: torch.Tensor, bits: float) -> torch.Tensor:
     """Principal directions that a Gaussian of this covariance (D, D) spends `bits` bits on: (D, L), orthonormal, float64, CPU.
 
@@ -1400,10 +1404,6 @@ def live_directions(covariance: torch.Tensor, bits: float) -> torch.Tensor:
     return directions[:, logs > levels.max()]  # a wrong number of live directions gives a lower level than the right one
 
 
-# ----------------------------------------------------------------------------------------
-# Autoencoder
-
-
 REFINE_STEP = 0.7  # of the way that a pass of VQVAE.refined moves a latent
 
 
@@ -1412,7 +1412,7 @@ class Reconstruction(NamedTuple):
 
     images: torch.Tensor             # (B, 3, S, S), not clamped
     indices: torch.Tensor | None     # (B, S/f, S/f) int64; None without the quantizer
-    loss: torch.Tensor | None        # () the quantizer's loss; likewise
+    loss: torch.Tensor               # () the quantizer's loss; 0 without it
 
 
 class VQVAE(nn.Module):
@@ -1499,11 +1499,11 @@ class VQVAE(nn.Module):
     def forward(self, x: torch.Tensor, quantize: bool = True, refine: int = 0) -> Reconstruction:
         """Images (B, 3, S, S) in [0, 1] -> Reconstruction. Raises ValueError on a wrong shape.
 
-        quantize=False: the plain autoencoder (indices and loss are None); refine: as in `encode`.
+        quantize=False: the plain autoencoder (indices are None, loss is 0); refine: as in `encode`.
         """
         z = self.latents(x, refine)
         if not quantize:
-            return Reconstruction(self.reconstruct(z), None, None)
+            return Reconstruction(self.reconstruct(z), None, z.new_zeros(()))
         z_q, indices, loss = self.quantizer(z)
         return Reconstruction(self.reconstruct(z_q), indices, loss)
 
@@ -1633,7 +1633,8 @@ def _cifar10(config, train):
                 tar.extractall(root, filter="data")
             return load()
         except (OSError, RuntimeError, tarfile.TarError) as error:
-            raise UserError(f"{archive}: cannot unpack it: {error}") from error
+            raise UserError(f"{archive}: cannot unpack it ({error}); free space, fix permissions or remove the file, "
+                            "then run the same command again") from error
 
 
 def dead_leaves(numbers: range, size: int, seed: int) -> torch.Tensor:
@@ -1807,8 +1808,8 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def codebook_metrics(histogram: torch.Tensor, codebook_size: int) -> dict[str, float]:
     """Perplexity, usage and bits per index of a code histogram (codes,), or of one for each half of the latents, (2, codes).
 
-    codebook_size K: values of an index, as many as codes, or with a trellis a base-th of them. The entropy is that of the code's
-    number, given the half and, with a trellis, the digit before, the subset's remainder by the base: K codes are left.
+    codebook_size K: values of an index; codes are K, with a trellis m K. The entropy is that of the code given what the decoder
+    knows before it, the half and, with a trellis, the digit b' before: K codes are possible then, so it is at most log K.
     """
     base = histogram.shape[-1] // codebook_size
     histogram = histogram.cpu().double()  # Apple GPUs have no float64
@@ -1931,7 +1932,7 @@ def _autocast(device, dtype):
 # ----------------------------------------------------------------------------------------
 # Run folders and checkpoints
 
-CHECKPOINT_NAME = re.compile(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pt")
+CHECKPOINT_NAME = re.compile(r"checkpoint_epoch_\d+(_step_\d+)?\.pt")
 
 
 def digest(tensors):
@@ -1962,7 +1963,7 @@ def atomic_write(path, write):
 
 
 def check_writable(path):
-    """Raise UserError, before work that takes long, where it could not be written to `path` in the end."""
+    """Raise UserError where `path` cannot be written; called before long work whose result goes there."""
     folder = os.path.dirname(path) or "."
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; give the name of a file")
@@ -2002,7 +2003,7 @@ def read_json(path):
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read this JSON file ({error}); remove it or bring it back") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object")
+        raise UserError(f"{path}: is no JSON object; remove it or bring it back")
     return values
 
 
@@ -2027,7 +2028,7 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         config = stored_config(state["config"])
     except (UserError, TypeError) as error:
-        raise UserError(f"{path}: its config is not valid here ({error})") from error
+        raise UserError(f"{path}: its config is not valid here ({error}); use the version of vqvae.py that wrote it") from error
     if config.trellis != "none" and version < 4:
         raise UserError(f"{path}: the paths of its trellis went row by row; train it again, or use the vqvae.py that wrote it")
     return state
@@ -2044,7 +2045,7 @@ def load_state(model, state, path):
         model.load_state_dict(state["model"])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: the weights do not fit the model of its config ({reason})") from error
+        raise UserError(f"{path}: the weights do not fit the model of its config ({reason}); take another checkpoint") from error
     if not all_finite(model):
         raise UserError(f"{path}: holds weights that are not finite; take an earlier checkpoint")
 
@@ -2064,16 +2065,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQ
     return model.eval(), config
 
 
-def _checkpoint_key(path):
-    """(finished epochs, steps into the next) from a checkpoint's name."""
-    epoch, step = CHECKPOINT_NAME.fullmatch(path.name).groups()
-    return int(epoch), int(step or 0)
-
-
 def checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints in a run folder, oldest first."""
     found = [path for path in Path(folder).glob("checkpoint_epoch_*.pt") if CHECKPOINT_NAME.fullmatch(path.name)]
-    return sorted(found, key=_checkpoint_key)
+    return sorted(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])  # epochs, steps of the next
 
 
 def stored_config(values: dict) -> Config:
@@ -2161,8 +2156,9 @@ def config_yaml(config):
 
 
 def peer_of(quantizer):
-    """{"peer": its class} where a quantizer is not one of this module, so not what the config says; else {}."""
-    return {} if quantizer is None or type(quantizer) in OWN_QUANTIZERS else {"peer": type(quantizer).__name__}
+    """{"peer": class name} of a quantizer from elsewhere, which no config describes; {} of None or one of this module."""
+    own = (type(None), VQEMAQuantizer, BAQuantizer, PredictiveQuantizer)  # a class derived from them elsewhere is a peer
+    return {} if type(quantizer) in own else {"peer": type(quantizer).__name__}
 
 
 def check_quantizer(folder, record, quantizer):
@@ -2283,7 +2279,6 @@ def train_step(model, optimizer, x, dtype, quantize=True):
     with _autocast(x.device, dtype):
         y, indices, quantizer_loss = model(x, quantize)
     recon_loss = F.mse_loss(y.float(), x)
-    quantizer_loss = torch.zeros_like(recon_loss) if quantizer_loss is None else quantizer_loss
     (RECON_WEIGHT * recon_loss + quantizer_loss).backward()
     if dist.is_initialized():
         average_gradients(model)
@@ -2306,28 +2301,28 @@ class GraphedStep:
 
     def __init__(self, device):
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self.taken, self.recorded = {True: 0, False: 0}, {}
+        self.quantize, self.taken, self.recorded = None, 0, None  # steps taken, and the graph, of this kind of step
 
     def __call__(self, model, optimizer, x, dtype, quantize=True):
         with torch.cuda.device(self.device):  # streams and graphs are those of the current device
             return self._step(model, optimizer, x, dtype, quantize)
 
     def _step(self, model, optimizer, x, dtype, quantize):
-        if self.taken[quantize] == 0:
-            self.recorded = {}  # the other kind never comes back: its memory is free again
-        if self.taken[quantize] < self.EAGER_STEPS:
-            self.taken[quantize] += 1
+        if quantize != self.quantize:  # the other kind never comes back: its memory is free again
+            self.quantize, self.taken, self.recorded = quantize, 0, None
+        if self.taken < self.EAGER_STEPS:
+            self.taken += 1
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 result = train_step(model, optimizer, x, dtype, quantize)
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
-        if quantize not in self.recorded:
+        if self.recorded is None:
             graph, images = torch.cuda.CUDAGraph(), x.clone()
             with torch.cuda.graph(graph, stream=self.stream):
                 result = train_step(model, optimizer, images, dtype, quantize)
-            self.recorded[quantize] = (graph, images, result)
-        graph, images, result = self.recorded[quantize]
+            self.recorded = graph, images, result
+        graph, images, result = self.recorded
         images.copy_(x)
         graph.replay()
         return result
@@ -2336,8 +2331,8 @@ class GraphedStep:
 def fastest_step(model):
     """`train_step`, or a `GraphedStep` where that works: one process, on CUDA, with a quantizer of this module."""
     device = next(model.parameters()).device
-    own = type(model.quantizer) in OWN_QUANTIZERS
-    return GraphedStep(device) if device.type == "cuda" and own and not dist.is_initialized() else train_step
+    works = device.type == "cuda" and not peer_of(model.quantizer) and not dist.is_initialized()
+    return GraphedStep(device) if works else train_step
 
 
 def average_gradients(model):
@@ -2394,7 +2389,7 @@ class _Signals:
 
 @contextlib.contextmanager
 def _deterministic(wanted):
-    """Context in which a kernel that could give other bits next time is replaced, or refused by PyTorch, where `wanted`."""
+    """Context in which PyTorch, if `wanted`, takes deterministic kernels, and refuses an operation that has none."""
     before = torch.get_deterministic_debug_mode()
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first call
@@ -2491,7 +2486,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
         with _Signals() as signals:
             step, losses, histogram, spent = restore(config, folder, model, optimizer, steps_per_epoch, images_digest)
             wandb_run = start_wandb(config, folder)
-            share = config.batch_size // world_size()  # images of a step for each process
+            per_process = config.batch_size // world_size()  # images of a step
             set_progress = getattr(model.quantizer, "set_progress", lambda progress: None)
             to_replace = config.overwrite
 
@@ -2505,8 +2500,8 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
                     torch.manual_seed(config.seed * 1_000_003 + step)  # restarts do not depend on where a run resumed
                     set_learning_rate(optimizer, learning_rate(step, total_steps, config.lr))
                     set_progress(max(0, step - warmup_steps) / (total_steps - warmup_steps))
-                    first = i * config.batch_size + rank() * share
-                    x = to_float(train_set[order[first:first + share]])  # (B, 3, S, S)
+                    first = i * config.batch_size + rank() * per_process
+                    x = to_float(train_set[order[first:first + per_process]])  # (B, 3, S, S)
                     losses[i], indices = take_step(model, optimizer, x, dtype, quantize=step >= warmup_steps)
                     if indices is not None:
                         count_codes(histogram, model, indices)
@@ -2518,7 +2513,7 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
 
                 check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
                 spent = time.perf_counter() - began  # check_finite has waited for the device
-                record = report = None
+                record = None
                 if i + 1 == steps_per_epoch:
                     record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
                 if to_replace and rank() == 0:  # not before: a first step or validation may fail, for want of memory say
@@ -2529,14 +2524,13 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
                               "images_per_second": steps_per_epoch * config.batch_size / spent}
                     if rank() == 0:
                         log_epoch(folder, record, timing, wandb_run)
-                    report = epoch_line(config, record, timing)
                     losses.zero_()
                     histogram.zero_()
                     spent = 0.0
                 save_checkpoint(folder, model, optimizer, config, step, losses, histogram, spent, images_digest)
                 signum = signals.agreed(step, now=True)
-                if report and signum != signal.SIGHUP:  # after the checkpoint: where nobody reads it, the epoch is kept
-                    say(report)
+                if record and signum != signal.SIGHUP:  # after the checkpoint: where nobody reads it, the epoch is kept
+                    say(epoch_line(config, record, timing))
                 if signum:
                     break
 
@@ -2561,8 +2555,8 @@ def restore(config, folder, model, optimizer, steps_per_epoch, images_digest):
     """
     if rank() == 0:
         check_run_folder(config)  # again, now that no other process can write here
-        for left in folder.glob(".*.pt.*.tmp"):  # half a checkpoint, of a process that was killed
-            left.unlink()
+        for leftover in folder.glob(".*.pt.*.tmp"):  # half a checkpoint, of a process that was killed
+            leftover.unlink()
     if dist.is_initialized():
         dist.barrier()
     device = next(model.parameters()).device
@@ -2664,6 +2658,10 @@ def finish_run(config, folder, model, train_set, test_set, dtype):
     return metrics
 
 
+# ----------------------------------------------------------------------------------------
+# Scripts
+
+
 def complain(message):
     """A line on standard error, which may be gone as standard output was."""
     with contextlib.suppress(OSError):
@@ -2710,5 +2708,6 @@ def run_command(main):
             return 2
         if isinstance(error, RuntimeError) and not re.search("out of memory|(allocate|enough) memory|ALLOC_FAILED", str(error)):
             raise
-        complain(f"error: out of memory: lower --batch_size, --hidden_dim, --codebook_size or --image_size ({reason})")
+        complain("error: out of memory: a smaller batch, network, codebook or image needs less (--batch_size, --hidden_dim, "
+                 f"--codebook_size and --image_size of train.py; {reason})")
         return 2

@@ -58,7 +58,7 @@ def forward(model, quantize=True):
 @pytest.mark.parametrize("prediction", ["none", "checkerboard", "scaled"])
 @pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
 def test_a_forward_pass_neither_waits_for_the_device_nor_depends_on_values(monkeypatch, quantizer, prediction, trellis):
-    monkeypatch.setattr(vqvae, "e_step", lambda device, dim: vqvae.soft_assign)  # the fused one is a kernel, which needs a driver
+    monkeypatch.setattr(vqvae, "fastest_e_step", lambda device, dim: vqvae.soft_assign)  # the fused one needs a driver
     config = vqvae.Config(hidden_dim=8, latent_dim=4, codebook_size=64, quantizer=quantizer, prediction=prediction,
                           trellis=trellis)
     model = vqvae.make_model(config).train()
@@ -68,7 +68,7 @@ def test_a_forward_pass_neither_waits_for_the_device_nor_depends_on_values(monke
 
 @pytest.mark.parametrize("metric", ["euclid", "cosine"])
 def test_cosine_and_the_warm_up_neither(monkeypatch, metric):
-    monkeypatch.setattr(vqvae, "e_step", lambda device, dim: vqvae.soft_assign)
+    monkeypatch.setattr(vqvae, "fastest_e_step", lambda device, dim: vqvae.soft_assign)
     model = vqvae.make_model(vqvae.Config(hidden_dim=8, latent_dim=4, codebook_size=64, metric=metric, trellis="none")).train()
     with FakeTensorMode():
         model = on_fake_cuda(model)

@@ -62,7 +62,7 @@ def test_fused_e_step_equals_the_chunked_one(computed, name):
     ("cpu", 16, None, False), ("mps", 16, None, False)])
 def test_training_has_the_fused_e_step_where_it_is_faster(device, d, capability, fused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert vqvae.e_step(torch.device(device), d) is (kernels.soft_assign if fused else vqvae.soft_assign)
+    assert vqvae.fastest_e_step(torch.device(device), d) is (kernels.soft_assign if fused else vqvae.soft_assign)
 
 
 @pytest.mark.skipif(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3), reason="ahead-of-time interface of triton 3.3")

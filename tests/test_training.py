@@ -656,7 +656,7 @@ def test_two_processes_equal_one(tiny, tmp_path, quantizer):
 STOPPED = """
 import json, sys, vqvae
 if len(sys.argv) > 2:
-    vqvae._Signals.agreed = lambda self, step: 15 if step == int(sys.argv[2]) else None
+    vqvae._Signals.agreed = lambda self, step, now=False: 15 if step == int(sys.argv[2]) else None
 sys.exit(vqvae.run_command(lambda: print(vqvae.train(vqvae.Config(**json.loads(sys.argv[1]))))))
 """
 
@@ -669,6 +669,7 @@ def test_two_processes_resume_bit_for_bit(tiny, tmp_path):
         done = subprocess.run([*launcher, json.dumps(tiny(name=name)), *stop], timeout=300, capture_output=True,
                               env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
         assert (done.returncode == 0) == (not stop), done.stderr
+        assert not stop or b"stopped at step 8 of 12" in done.stderr
     whole, parts = (tmp_path / "experiments" / name for name in ("whole", "parts"))
     assert same_weights(final_state(whole), final_state(parts))
     one, two = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (whole, parts))
