@@ -72,11 +72,14 @@ def without_peers(folders):
 
 
 def one_seed(folders):
-    """Of the runs that differ in nothing but the seed, the first folder."""
-    first = {}
+    """Of the runs that differ in nothing but the seed, the first folder; quantizers in turn, so that a few show each."""
+    first, turns = {}, collections.Counter()
     for folder, record in zip(folders, load_runs(folders)):
-        first.setdefault(_key(record, "seed"), folder)
-    return list(first.values())
+        key, quantizer = _key(record, "seed"), record["config"]["quantizer"]
+        if key not in first:
+            first[key] = (turns[quantizer], folder)
+            turns[quantizer] += 1
+    return [folder for _, folder in sorted(first.values(), key=lambda item: item[0])]
 
 
 def method(config):
@@ -163,11 +166,13 @@ def aligned(rows):
 
 def over_seeds(records):
     """Text table of mean ± standard deviation over seeds: of runs, and of BA-over-EMA differences paired by seed."""
+    records = [same[0] for same in _groups(records, _key)]  # a copy is no further seed
     groups = _groups(records, lambda record: _key(record, "seed"))
     settings = [identity(group[0]) for group in groups]
     told = {"seed", "codebook_size", "latent_dim",  # in columns of their own, the others by method()
             "quantizer", "vq_recipe", "entropy_weight", "metric", "prediction", "trellis"}
-    varied = [key for key in settings[0] if key not in told and len({str(setting.get(key)) for setting in settings}) > 1]
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    varied = [key for key in keys if key not in told and len({str(setting.get(key)) for setting in settings}) > 1]
     rows = [["method", "K", "D", *varied, "seeds", *(title for _, title, _ in COLUMNS)]]
     for group, setting in zip(groups, settings):
         rows.append([group[0]["method"], *(str(setting.get(key)) for key in ("codebook_size", "latent_dim", *varied)),
@@ -265,7 +270,10 @@ def training_curves(folders):
 
 
 def open_runs(folders):
-    """(records, models, code histograms, test images) of the runs, but for peers, that share the first one's test images."""
+    """(records, models, code histograms, test images) of the runs, but for peers, that share the test images of the first.
+
+    The first one whose images are there. Raises UserError where there is none.
+    """
     records, models, histograms = [], [], []
     data = images = None
     folders = without_peers(folders)
@@ -273,7 +281,11 @@ def open_runs(folders):
         own = [identity(record).get(key) for key in ("dataset", "data_dir", "image_size", "test_subset")]
         config = vqvae.Config.from_dict(record["config"])
         if data is None:
-            data, images = own, vqvae.test_images(config)
+            try:
+                data, images = own, vqvae.test_images(config)
+            except vqvae.UserError as error:
+                print(f"left out, no test images: {record['name']} ({error})")
+                continue
         if own != data:
             print(f"left out, other test images: {record['name']}")
             continue
@@ -281,6 +293,8 @@ def open_runs(folders):
         records.append(record)
         models.append(model)
         histograms.append(vqvae.code_histogram(model, images, config.codebook_size))
+    if not records:
+        raise vqvae.UserError("the test images of none of these runs are there; bring them back to where they were trained with")
     return records, models, histograms, images
 
 
@@ -441,17 +455,29 @@ def cell_sizes(records, models, images):
     return _finish(figure)
 
 
+def _series(records):
+    """A function of a record that labels it by its method and, where records differ in them, its images."""
+    def images(record):
+        config = record["config"]
+        folder = f" {Path(config['data_dir']).name}" if config["dataset"] == "folder" else ""
+        return f"{config['dataset']}{folder} {config['image_size']}px"
+
+    several = len(set(map(images, records))) > 1
+    return lambda record: record["method"] + (f", {images(record)}" if several else "")
+
+
 def size_picture(records):
     """Figure: PSNR, share of the codebook in use and share used at all against K: one point per run, lines join means."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     all_axes = figure.subplots(1, 3)
     sizes = sorted({record["config"]["codebook_size"] for record in records})
-    styles = looks(records, lambda record: record["method"])
+    series = _series(records)
+    styles = looks(records, series)
     for axes, key, text in zip(all_axes, ("psnr", "perplexity_share", "usage_rate"),
-                               ("PSNR in dB (test set)", "perplexity / K (test set)", "codes used at least once / K (test set)")):
-        for number, group in enumerate(_groups(records, lambda record: record["method"])):
+                               ("PSNR in dB (test set)", "perplexity / K (test set)", "share of codes used at all (test set)")):
+        for number, group in enumerate(_groups(records, series)):
             shift = 1.2 ** ((number + 0.5) / len(styles) - 0.5)  # equal values stay visible side by side
-            style = styles[group[0]["method"]]
+            style = styles[series(group[0])]
             axes.plot([r["config"]["codebook_size"] * shift for r in group], [r[key] for r in group],
                       **{**style, "linestyle": "none"}, markersize=6, clip_on=False)
             for curve in _curves(group, "codebook_size"):
@@ -479,7 +505,7 @@ def main(argv=None):
     if missing:
         raise vqvae.UserError(f"no such folder: {', '.join(missing)}")
     whole = (path.resolve() if path.name in ("", "..") else path for path in options.folders)  # with the run's name at the end
-    given = list({path.resolve(): path for path in whole}.values())  # each once
+    given = list({path.resolve(): path for path in reversed(list(whole))}.values())[::-1]  # each once, by its first name
     finished = [path for path in given if os.path.exists(path / "final_metrics.json")]
     unfinished = [path.name for path in given if path.is_dir() and path not in finished]
     if unfinished:
@@ -491,13 +517,13 @@ def main(argv=None):
     print(table(records, options.sort_by))
     if len({record["config"]["seed"] for record in records}) > 1:
         print(f"\n{over_seeds(records)}")
-    out_dir = folders[0].parent
-    shown, _, histograms, _ = open_runs(folders)
-    figures = {"summary": size_picture(records), "training": training_curves(one_seed(folders)[:8]),
-               "usage": usage_histograms(shown, histograms)}
+    out_dir, few = folders[0].parent, one_seed(folders)[:8]
+    vqvae.check_writable(out_dir / "summary.png")  # before the models are measured
+    shown, _, histograms, _ = open_runs(few)
+    figures = {"summary": size_picture(records), "training": training_curves(few), "usage": usage_histograms(shown, histograms)}
     for name, figure in figures.items():
         vqvae.write_figure(out_dir / f"{name}.png", figure)
-    print(f"pictures in {out_dir}: summary.png, training.png (one seed, eight runs at most), usage.png; "
+    print(f"pictures in {out_dir}: summary.png, training.png and usage.png (one seed, eight runs at most); "
           "reconstructions.png and codebook_usage.png in each run folder")
 
 

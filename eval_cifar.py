@@ -88,7 +88,7 @@ class Inception:
                 self.weight, self.bias = self.network.output.weight, self.network.output.bias
             except (RuntimeError, AttributeError, ValueError) as error:
                 raise vqvae.UserError(f"{path}: not clean-fid's TorchScript Inception ({INCEPTION_NAME}), or damaged; "
-                                      "delete it to have it downloaded again") from error
+                                      "give another as --inception, or delete the one in the cache") from error
             self.resize = build_resizer(mode)
         self.device = device
         self.source = {"fid_mode": mode, "inception_path": str(path),
@@ -198,17 +198,32 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def with_images(config, options):
+    """A Config with the test images that the options name."""
+    changes = {key: getattr(options, key) for key in ("data_dir", "test_subset") if getattr(options, key) is not None}
+    return dataclasses.replace(config, **changes)
+
+
+def check(path, options):
+    """Raise UserError where a checkpoint cannot be evaluated, before any work is done."""
+    config = with_images(vqvae.load_model(path)[1], options)
+    vqvae.check_writable(path.parent / "eval_metrics.json")
+    try:
+        count = len(vqvae.test_items(config))
+    except vqvae.UserError as error:
+        raise vqvae.UserError(f"{path}: {error}") from error
+    if count < 10 and not options.no_fid:
+        raise vqvae.UserError(f"test_subset: r-IS needs at least 10 images, not {count}; raise it or add --no_fid")
+
+
 def evaluate_checkpoint(path, options, device, inception, originals):
     """All metrics of one checkpoint; `inception` is None to leave out r-FID and r-IS.
 
     originals: {data set: Inception features of its test images}, filled here and shared by all checkpoints.
     """
     model, config = vqvae.load_model(path, device)
-    changes = {key: getattr(options, key) for key in ("data_dir", "test_subset") if getattr(options, key) is not None}
-    config = dataclasses.replace(config, **changes)
+    config = with_images(config, options)
     images = vqvae.test_images(config)
-    if inception is not None and len(images) < 10:
-        raise vqvae.UserError(f"test_subset: r-IS needs at least 10 images, not {len(images)}; raise it or add --no_fid")
     print(f"{path}: {len(images)} test images of {config.dataset}", flush=True)
     size, refine = config.codebook_size, options.refine
     batch_size = min(options.batch_size, vqvae.evaluation_batch(images.shape[1], device))
@@ -221,7 +236,7 @@ def evaluate_checkpoint(path, options, device, inception, originals):
             originals[data] = original_features(images, inception, batch_size)
         metrics.update(inception_metrics(model, images, originals[data], inception, batch_size, refine), **inception.source)
     vqvae.write_json(path.parent / "eval_metrics.json", metrics)
-    vqvae.write_pictures(path.parent, model, images, config, metrics, histogram, refine)
+    vqvae.write_pictures(path.parent, model, images, config, metrics, histogram, refine, path.stem)
     return metrics
 
 
@@ -240,9 +255,8 @@ def main(argv=None):
     paths = find_checkpoints(options.checkpoint)
     device, reason = vqvae.pick_device(options.device)
     print(f"device: {device} ({reason})")
-    for path in paths:  # before any work is done
-        vqvae.load_model(path)
-        vqvae.check_writable(path.parent / "eval_metrics.json")
+    for path in paths:
+        check(path, options)
     inception, missing = None, None
     if not options.no_fid:
         try:

@@ -8,9 +8,13 @@ for word in "$@"; do
     --quantizer | --quantizer=* | --codebook_size | --codebook_size=* | --name | --name=*)
       echo "error: ${word%%=*}: set by the runs; drop it, or use train.py" >&2
       exit 2 ;;
+    --overwrite)  # stopped half-way, those after it would keep their old results unnoticed
+      echo "error: --overwrite: not for several runs; give another --out_dir, or use train.py" >&2
+      exit 2 ;;
   esac
 done
 python=${PYTHON:-python}
+"$python" train.py --dry_run --name check "$@" > /dev/null || exit 2  # one error line, not one a run
 mkdir -p logs || exit 2
 failed=()
 report() {
@@ -19,7 +23,7 @@ report() {
     exit "$1"
   fi
 }
-trap 'echo "stopped; run ./run_experiments.sh again, without --overwrite, to continue" >&2; report 130; exit 130' INT
+trap 'echo "stopped; run ./run_experiments.sh again to continue" >&2; report 130; exit 130' INT
 for codebook_size in 256 512; do
   for quantizer in vq_ema ba_vq; do
     name=${quantizer}_k${codebook_size}

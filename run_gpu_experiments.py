@@ -121,6 +121,21 @@ def parse(argv):
     return options, {run[0]: run_flags(run, extra) for run in runs}
 
 
+def still_to_overwrite(out_dir, configs):
+    """Names of runs that --overwrite, now or in an earlier call that was stopped, has not begun to train again.
+
+    OUT_DIR/.overwrite has the time at which it was asked for each; a run that began later has a config.yaml of later.
+    """
+    path = out_dir / ".overwrite"
+    asked = vqvae.read_json(path) if path.exists() else {}
+    now = {name: time.time() for name, config in configs.items() if config.overwrite}
+    if now:
+        asked.update(now)
+        vqvae.write_json(path, asked)
+    stored = {name: out_dir / name / "config.yaml" for name in configs if name in asked}
+    return {name for name, config in stored.items() if config.exists() and config.stat().st_mtime < asked[name]}
+
+
 def main(argv=None):
     options, runs = parse(argv)
     configs = {name: train.config_from(flags)[0] for name, flags in runs.items()}  # all flags checked before any run
@@ -138,6 +153,8 @@ def main(argv=None):
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise vqvae.UserError(f"{out_dir}: cannot write here ({error.strerror}); choose another --out_dir") from error
+    for name in still_to_overwrite(out_dir, configs):
+        runs[name].append("--overwrite")
     sweep = Sweep((options.gpus.split(",") if options.gpus else [None]) * options.jobs, options.timeout)
     began, status = time.time(), {}
     same = "the same command" + (" without --overwrite" if any(config.overwrite for config in configs.values()) else "")
@@ -161,9 +178,11 @@ def main(argv=None):
 
     finished = [name for name in runs if status[name] == "finished"]
     records = analysis.load_runs([out_dir / name for name in finished])
-    vqvae.write_json(out_dir / "gpu_run_summary.json", {
-        "seconds": round(time.time() - began, 1), "status": {name: status[name] for name in runs},
-        "runs": {record["name"]: record for record in records}, "differences": analysis.differences(records)})
+    summary = out_dir / "gpu_run_summary.json"
+    if records or not summary.exists():  # else an earlier one has more to say
+        vqvae.write_json(summary, {
+            "seconds": round(time.time() - began, 1), "status": {name: status[name] for name in runs},
+            "runs": {record["name"]: record for record in records}, "differences": analysis.differences(records)})
     if records:
         print(analysis.table(records))
         vqvae.write_figure(out_dir / "summary.png", analysis.size_picture(records))

@@ -101,4 +101,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(vqvae.run_command(main))
+    code = vqvae.run_command(main)  # wandb, imported by then, wants to see the call of sys.exit
+    sys.exit(code)

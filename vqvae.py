@@ -1681,17 +1681,26 @@ def _folder(config, train):
         raise UserError(f"data_dir: {base} is no folder; give --data_dir the folder of your images")
     suffixes = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
     found = [path for path in _files_below(base) if path.suffix.lower() in suffixes]
+    if any(path.is_symlink() for path in found):
+        originals = {}
+        for path in found:
+            if (other := originals.setdefault(os.path.realpath(path), path)) != path:
+                raise UserError(f"{path}: is the same file as {other}, by a link, so it would count twice; remove one")
     places = {path: hashlib.sha256(path.relative_to(base).as_posix().encode(errors="surrogateescape")).digest() for path in found}
     paths = sorted(found, key=places.__getitem__)  # shuffled: no split or subset is one class
     if not has_splits:
         paths = [path for path in paths if (places[path][0] < 26) != train]  # 26 of 256
     if not paths:
-        raise UserError(f"data_dir: too few images below {base} (found none for {'training' if train else 'the test'})")
+        raise UserError(f"data_dir: too few images below {base} (found none for {'training' if train else 'the test'}; "
+                        f"files {', '.join(sorted(suffixes))} count)")
     return paths
 
 
 def _decoded(paths, size):
-    """Images uint8 (N, S, S, 3) of paths: their middle, in this size. Raises UserError."""
+    """Images uint8 (N, S, S, 3) of paths: their middle, in this size, as stored: EXIF's rotation and alpha do not count.
+
+    Raises UserError.
+    """
     import torchvision  # not above, as in _cifar10
     resize = torchvision.transforms.Compose([
         torchvision.transforms.Resize(size, antialias=True),
@@ -1703,7 +1712,7 @@ def _decoded(paths, size):
                 if image.mode[0] in "IF":  # Pillow would clip these to white
                     raise ValueError(f"mode {image.mode}, more than 8 bits per pixel; convert it to 8 bits")
                 images[i] = torch.from_numpy(np.array(resize(image.convert("RGB"))))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow's decoders raise many types on damaged files; all mean the same here
             raise UserError(f"{path}: cannot read this image ({error}); repair or remove it") from error
     return images
 
@@ -1755,9 +1764,14 @@ def training_images(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     return _read(kept, config, train=True), _read(items[cut:], config, train=True)
 
 
+def test_items(config: Config):
+    """The test images before they are read, as many: paths, say. Raises UserError."""
+    return _at_most(_whole_set(config, train=False), config.test_subset, "test_subset")
+
+
 def test_images(config: Config) -> torch.Tensor:
     """Test images, uint8 (N, S, S, 3) on the CPU. Raises UserError."""
-    return _read(_at_most(_whole_set(config, train=False), config.test_subset, "test_subset"), config, train=False)
+    return _read(test_items(config), config, train=False)
 
 
 def memory_format(device):
@@ -2140,8 +2154,14 @@ def locked(folder):
         yield
 
 
-def replace_run(folder, config, wandb_run):
-    """Delete what an earlier run has written, and nothing else; config.yaml, which says that it is a run, becomes this one's."""
+def replace_run(folder, config, wandb_run, state):
+    """Delete what an earlier run has written, and nothing else; config.yaml, which says that it is a run, becomes this one's.
+
+    Not where there is no room for the first checkpoint, `state`: then UserError is raised, and the earlier run stays.
+    """
+    trial = folder / ".trial.pt.tmp"
+    atomic_write(trial, lambda file: torch.save(state, file))
+    trial.unlink()
     for name in ("final_metrics.json", *(path.name for path in checkpoints(folder)), "metrics.jsonl", "timing.jsonl",
                  "final_model.pt", "eval_metrics.json", "reconstructions.png", "codebook_usage.png", "wandb_id"):
         with _writing(folder / name):
@@ -2172,19 +2192,21 @@ def model_state(model, config):
     return {"format_version": FORMAT_VERSION, "config": config.to_dict(), "model": model.state_dict(), **peer_of(model.quantizer)}
 
 
-def save_checkpoint(folder, model, optimizer, config, step, losses, histogram, seconds, images_digest):
-    """Write a checkpoint after `step` steps; keep the newest two.
+def checkpoint_state(model, optimizer, config, step, losses, histogram, seconds, images_digest):
+    """What a checkpoint after `step` steps holds.
 
     Losses (steps of an epoch, 2) and histogram of the unfinished epoch are those of all processes; seconds: spent in it so far;
     images_digest: of those that are trained on.
     """
     losses, histogram = all_reduce(losses.clone()) / world_size(), all_reduce(histogram.clone())
-    if rank() != 0:
-        return
-    epochs, steps = divmod(step, len(losses))
+    return {**model_state(model, config), "optimizer": optimizer.state_dict(), "step": step, "losses": losses,
+            "histogram": histogram, "seconds": seconds, "images": images_digest}
+
+
+def save_checkpoint(folder, state):
+    """Write a checkpoint; keep the newest two."""
+    epochs, steps = divmod(state["step"], len(state["losses"]))
     name = f"checkpoint_epoch_{epochs:04d}" + (f"_step_{steps:07d}" if steps else "")
-    state = {**model_state(model, config), "optimizer": optimizer.state_dict(), "step": step, "losses": losses,
-             "histogram": histogram, "seconds": seconds, "images": images_digest}
     atomic_write(folder / f"{name}.pt", lambda file: torch.save(state, file))
     for old in checkpoints(folder)[:-2]:
         old.unlink()
@@ -2231,11 +2253,12 @@ def usage_picture(histogram, title, path):
     write_figure(path, figure)
 
 
-def write_pictures(folder, model, images, config, metrics, histogram, refine=0):
-    """Both pictures of a run, of test images uint8 (N, S, S, 3)."""
-    reconstruction_picture(model, images[:16], f"{config.name}: PSNR {metrics['psnr']:.2f} dB on {len(images)} test images",
+def write_pictures(folder, model, images, config, metrics, histogram, refine=0, name="final_model"):
+    """Both pictures of a run, of test images uint8 (N, S, S, 3); name: of the checkpoint."""
+    of = config.name + (f", {name}" if name != "final_model" else "") + (f", refined {refine} times" if refine else "")
+    reconstruction_picture(model, images[:16], f"{of}: PSNR {metrics['psnr']:.2f} dB on {len(images)} test images",
                            folder / "reconstructions.png", refine)
-    title = f"{config.name} (seed {config.seed}): perplexity {metrics['perplexity']:.0f} of {config.codebook_size}"
+    title = f"{of} (seed {config.seed}): perplexity {metrics['perplexity']:.0f} of {config.codebook_size}"
     usage_picture(histogram, title, folder / "codebook_usage.png")
 
 
@@ -2450,6 +2473,9 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     folder = check_run_folder(config)
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install wandb, or drop --wandb")
+    modes = ("online", "offline", "disabled", "shared", "run", "dryrun")
+    if config.wandb and os.environ.get("WANDB_MODE", "online") not in modes:
+        raise UserError(f"WANDB_MODE: {os.environ['WANDB_MODE']!r} is none of {', '.join(modes)}")
     device, device_reason = pick_device(config.device)
     dtype, dtype_reason = pick_precision(config.precision, device)
     if config.batch_size % world_size():
@@ -2516,18 +2542,19 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
                 record = None
                 if i + 1 == steps_per_epoch:
                     record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
-                if to_replace and rank() == 0:  # not before: a first step or validation may fail, for want of memory say
-                    replace_run(folder, config, wandb_run)
-                to_replace = False
-                if record:
                     timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": spent,
                               "images_per_second": steps_per_epoch * config.batch_size / spent}
-                    if rank() == 0:
-                        log_epoch(folder, record, timing, wandb_run)
                     losses.zero_()
                     histogram.zero_()
                     spent = 0.0
-                save_checkpoint(folder, model, optimizer, config, step, losses, histogram, spent, images_digest)
+                state = checkpoint_state(model, optimizer, config, step, losses, histogram, spent, images_digest)
+                if rank() == 0:
+                    if to_replace:  # not before: a first step or validation may fail, for want of memory say
+                        replace_run(folder, config, wandb_run, state)
+                    if record:
+                        log_epoch(folder, record, timing, wandb_run)
+                    save_checkpoint(folder, state)
+                to_replace = False
                 signum = signals.agreed(step, now=True)
                 if record and signum != signal.SIGHUP:  # after the checkpoint: where nobody reads it, the epoch is kept
                     say(epoch_line(config, record, timing))
@@ -2555,7 +2582,7 @@ def restore(config, folder, model, optimizer, steps_per_epoch, images_digest):
     """
     if rank() == 0:
         check_run_folder(config)  # again, now that no other process can write here
-        for leftover in folder.glob(".*.pt.*.tmp"):  # half a checkpoint, of a process that was killed
+        for leftover in folder.glob(".*.pt.*tmp"):  # half a checkpoint, of a process that was killed
             leftover.unlink()
     if dist.is_initialized():
         dist.barrier()
@@ -2634,7 +2661,7 @@ def log_epoch(folder, record, timing, wandb_run):
     append_json_line(folder / "metrics.jsonl", record)
     append_json_line(folder / "timing.jsonl", timing)
     if wandb_run:
-        wandb_run.log({**record, **timing}, step=record["step"])
+        wandb_run.log({**record, **timing}, step=record["step"], commit=True)  # else the last line would replace the test's
 
 
 def finish_run(config, folder, model, train_set, test_set, dtype):

@@ -337,10 +337,13 @@ def main(argv=None):
     options, cells, extra = parse(argv)
     if not options.summary:
         extra = ["--out_dir", "experiments/compare", "--no_wandb", *extra]
+        if "--overwrite" in extra:
+            raise vqvae.UserError("overwrite: remove the JSON of results/compare/ and the run of experiments/compare/ instead")
         planned = [(m, cell(m, s, d, seed, extra)[0]) for s, d, seed, m in cells]  # everything is checked before any run
         check_tables([*((path, record["method"], record["config"]) for path, record in stored_results().items()),
                       *((config.name, method, config.to_dict()) for method, config in planned)])
         RESULTS.mkdir(parents=True, exist_ok=True)
+        vqvae.check_writable(RESULTS / "run.json")
         threads = max(1, (os.cpu_count() or 1) // options.jobs)
         with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
             waiting, running, done = list(reversed(cells)), set(), 0

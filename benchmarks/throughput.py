@@ -192,6 +192,8 @@ def main(argv=None):
     for epoch in epochs.values():
         epoch()  # warm-up, worker processes
     times = {name: [] for name in epochs}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    vqvae.check_writable(RESULTS / "throughput.json")  # before the work
     for _ in range(options.rounds):
         for name, epoch in epochs.items():
             times[name].append(seconds(epoch, device))
@@ -211,7 +213,6 @@ def main(argv=None):
     least = sum(floor["seconds"].values())
     ratios["ba_vq step / floor"] = config.batch_size / rate["ba_vq"] / least
     ratios["network step / floor"] = config.batch_size / rate["no quantizer"] / floor["seconds"]["network"]
-    RESULTS.mkdir(parents=True, exist_ok=True)
     size = f"h{config.hidden_dim}x{config.res_blocks}_d{config.latent_dim}_k{config.codebook_size}_b{config.batch_size}"
     if config.prediction != "none" or config.states:
         size += f"_{config.prediction}{config.states}"

@@ -146,6 +146,27 @@ def test_linked_folders_are_read_but_not_twice(tmp_path):
         vqvae.training_images(config)
 
 
+def test_an_image_does_not_count_twice_by_a_link(tmp_path):
+    for name in range(3):
+        save(tmp_path / f"{name}.png", np.full((4, 4, 3), name, np.uint8))
+    (tmp_path / "copy.png").symlink_to(tmp_path / "1.png")
+    with pytest.raises(UserError, match=r"(1|copy)\.png: is the same file as .*(1|copy)\.png, by a link"):
+        vqvae.training_images(folder_config(tmp_path, val_size=0))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, MemoryError])
+def test_whatever_a_decoder_raises_names_the_image(tmp_path, monkeypatch, error):
+    save(tmp_path / "train" / "bad.png", np.zeros((4, 4, 3), np.uint8))
+    save(tmp_path / "test" / "0.png", np.zeros((4, 4, 3), np.uint8))
+
+    def fails(path):
+        raise error("of a damaged file")
+
+    monkeypatch.setattr(vqvae.Image, "open", fails)
+    with pytest.raises(UserError, match=r"bad\.png: cannot read this image \(of a damaged file\)"):
+        vqvae.training_images(folder_config(tmp_path, val_size=0))
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     save(tmp_path / "train" / "one.png", np.zeros((4, 4, 3), np.uint8))
     save(tmp_path / "train" / "closed" / "two.png", np.zeros((4, 4, 3), np.uint8))

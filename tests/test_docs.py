@@ -1,5 +1,6 @@
 """The notebook runs, the snippets in the documents work, and the documents name files that exist."""
 
+import json
 import re
 import sys
 from types import SimpleNamespace
@@ -94,6 +95,24 @@ def test_runs_on_other_images_are_left_out(tiny_config, capsys):
     assert "left out, other test images: b" in capsys.readouterr().out
 
 
+def test_runs_whose_images_are_gone_are_left_out(tiny_config, capsys, monkeypatch):
+    for name in "ab":
+        vqvae.train(tiny_config(name=name, image_size=16 if name == "b" else 8, epochs=1))
+    real = vqvae.test_images
+
+    def test_images(config):
+        if config.image_size == 8:
+            raise vqvae.UserError("data_dir: nowhere is no folder")
+        return real(config)
+
+    monkeypatch.setattr(vqvae, "test_images", test_images)
+    folders = analysis.find_runs(tiny_config().out_dir)
+    assert [record["name"] for record in analysis.open_runs(folders)[0]] == ["b"]
+    assert "left out, no test images: a (data_dir: nowhere" in capsys.readouterr().out
+    with pytest.raises(vqvae.UserError, match="the test images of none of these runs are there"):
+        analysis.open_runs(folders[:1])
+
+
 def made_up(config, **metrics):
     """A record of analysis.load_runs without training."""
     values = {"psnr": 20.0, "ssim": 0.5, "perplexity": 10.0, "perplexity_share": 0.6, "usage_rate": 1.0, "bits_per_index": 3.3}
@@ -106,9 +125,31 @@ def test_over_seeds_shows_mean_and_deviation(tiny_config):
     text = analysis.over_seeds(records)
     assert "21.00 ± 1.41" in text  # BA-VQ
     assert "+0.750 ± 0.354" in text  # paired by seed: 0.5 and 1; the third baseline has no partner
+    assert analysis.over_seeds([*records, *records[:2]]) == text  # copies are no further seeds
+
+
+def test_a_few_runs_show_each_quantizer(tiny_config):
+    folder = vqvae.Path(tiny_config().out_dir)
+    runs = ("ba_vq", 0.001, 0), ("ba_vq", 0.001, 1), ("ba_vq", 0.002, 0), ("vq_ema", 0.001, 0)
+    for i, (quantizer, lr, seed) in enumerate(runs):
+        (folder / str(i)).mkdir(parents=True)
+        record = made_up(tiny_config(name=str(i), quantizer=quantizer, lr=lr, seed=seed))
+        (folder / str(i) / "final_metrics.json").write_text(json.dumps(record))
+    assert [path.name for path in analysis.one_seed(analysis.find_runs(folder))] == ["0", "3", "2"]
+
+
+def test_images_are_told_apart_where_runs_differ_in_them(tiny_config):
+    records = [made_up(tiny_config(image_size=size, dataset=dataset, data_dir="/my/cats")) for size, dataset in
+               ((16, "dead_leaves"), (16, "folder"), (8, "folder"))]
+    label = analysis._series(records)
+    assert [label(record).partition(", ")[2] for record in records] == ["dead_leaves 16px", "folder cats 16px", "folder cats 8px"]
+    assert analysis._series(records[:1])(records[0]) == records[0]["method"]
 
 
 def test_over_seeds_tells_settings_apart(tiny_config):
+    folders = [made_up(tiny_config(dataset=dataset, data_dir=place)) for dataset, place in
+               (("dead_leaves", "data"), ("folder", "cats"), ("folder", "dogs"))]
+    assert "cats" in analysis.over_seeds(folders) and "dogs" in analysis.over_seeds(folders)
     lines = analysis.over_seeds([made_up(tiny_config(lr=lr)) for lr in (0.001, 0.002)]).splitlines()
     assert "lr" in lines[0].split() and "0.001" in lines[1] and "0.002" in lines[2]
     lines = analysis.over_seeds([made_up(tiny_config(lr=lr, quantizer=quantizer)) for lr in (0.001, 0.002)

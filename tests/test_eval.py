@@ -337,6 +337,19 @@ def test_checkpoints_that_share_a_folder_are_refused(tmp_path):
         eval_cifar.find_checkpoints(paths)
 
 
+def test_missing_test_images_are_noticed_before_any_checkpoint_is_evaluated(run_folder, tiny_config, tmp_path, capsys):
+    for split in ("train", "test"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        for number in range(20):
+            Image.new("RGB", (16, 16)).save(tmp_path / "images" / split / f"{number}.png")
+    vqvae.train(tiny_config(epochs=1, name="zebra", dataset="folder", data_dir=str(tmp_path / "images"), train_subset=None,
+                            test_subset=None, val_size=0))
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert vqvae.run_command(lambda: eval_cifar.main(["--checkpoint", str(run_folder.parent), "--no_fid"])) == 2
+    assert "zebra/final_model.pt: data_dir: " in capsys.readouterr().err
+    assert not (run_folder / "eval_metrics.json").exists()
+
+
 def test_too_few_images_for_inception_metrics(run_folder, stand_in, capsys):
     words = ["--checkpoint", str(run_folder), "--inception", str(stand_in), "--test_subset", "9"]
     assert vqvae.run_command(partial(eval_cifar.main, words)) == 2

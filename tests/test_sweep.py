@@ -96,6 +96,8 @@ def test_the_sweep_runs_skips_what_is_done_and_summarises(script, tmp_path):
     code, _, err = script("run_gpu_experiments.py", *words, "--lr", "0.001")
     assert code == 1 and "failed: gpu_vq_ema_k256_cosine, gpu_ba_vq_k256_cosine" in err
     assert "another config (lr 0.003 -> 0.001)" in (folder / "gpu_ba_vq_k256_cosine.log").read_text()
+    kept = (folder / "gpu_run_summary.json").read_text()
+    assert json.loads(kept) == {**summary, "seconds": json.loads(kept)["seconds"]}  # not emptied
     # The user's own loop over the results.
     loop = ('for exp in experiments/*/final_metrics.json; do\n  echo "$(dirname $exp):"\n  python -c "import json; '
             "m=json.load(open('$exp')); print(f\\\"  PSNR: {m['psnr']:.2f} dB, Perplexity: {m['perplexity']:.1f}, "
@@ -289,9 +291,12 @@ def test_extended_runs(script, tmp_path):
     names = ["ba_vq_k256", "ba_vq_k512", "vq_ema_k256", "vq_ema_k512"]
     assert sorted(path.stem for path in (tmp_path / "logs").iterdir()) == names
     assert "epoch 1/1" in (tmp_path / "logs" / "ba_vq_k256.log").read_text()
-    failing = subprocess.run(["bash", "run_experiments.sh", "--lr", "fast"], cwd=tmp_path, capture_output=True, text=True,
-                             env={**os.environ, "PYTHON": sys.executable})
-    assert failing.returncode == 1 and "failed: vq_ema_k256 ba_vq_k256 vq_ema_k512 ba_vq_k512" in failing.stderr
+    for flags, code, line in ((["--dataset", "folder", "--data_dir", "nowhere"], 1, "failed: vq_ema_k256 ba_vq_k256 vq_ema_k512"),
+                              (["--lr", "fast"], 2, "lr")):  # the second is seen before any run
+        failing = subprocess.run(["bash", "run_experiments.sh", *flags], cwd=tmp_path, capture_output=True, text=True,
+                                 env={**os.environ, "PYTHON": sys.executable})
+        assert failing.returncode == code and line in failing.stderr.splitlines()[-1]
+    assert failing.stderr.count("\n") == 1
 
 
 def test_ctrl_c_ends_the_gpu_suite_and_what_it_has_started(tmp_path):
@@ -317,7 +322,7 @@ def test_ctrl_c_ends_the_gpu_suite_and_what_it_has_started(tmp_path):
     assert len((tmp_path / "started").read_text().split()) == 1  # no other step began
 
 
-@pytest.mark.parametrize("word", ["--name=x", "--quantizer", "--codebook_size"])
+@pytest.mark.parametrize("word", ["--name=x", "--quantizer", "--codebook_size", "--overwrite"])
 def test_extended_runs_refuse_what_their_names_say(word, tmp_path):
     (tmp_path / "run_experiments.sh").write_text((ROOT / "run_experiments.sh").read_text())
     done = subprocess.run(["bash", "run_experiments.sh", "--seed", "1", word, "64"], cwd=tmp_path, capture_output=True, text=True)
@@ -330,6 +335,35 @@ def test_the_gpu_suite_refuses_an_unknown_step(tmp_path):
     (tmp_path / "benchmarks" / "gpu_suite.sh").write_text((ROOT / "benchmarks" / "gpu_suite.sh").read_text())
     done = subprocess.run(["bash", tmp_path / "benchmarks" / "gpu_suite.sh", "speed", "spede"], capture_output=True, text=True)
     assert done.returncode == 2 and "no step spede" in done.stderr and not (tmp_path / "results").exists()
+
+
+def test_a_stopped_overwrite_is_continued_with_the_runs_it_had_not_reached(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given, real = [], run_gpu_experiments.Sweep.run
+
+    def run(self, flags, log):
+        name = flags[flags.index("--name") + 1]
+        given.append((name, flags.count("--overwrite")))
+        if name == "gpu_ba_vq_k256" and self.timeout:  # stopped: not reached
+            return "not started"
+        return real(self, flags, log)
+
+    monkeypatch.setattr(run_gpu_experiments.Sweep, "run", run)
+    words = ["--only", "_k256", "--epochs", "1", "--prediction", "none", *SMALL]
+    names = ["gpu_vq_ema_k256", "gpu_ba_vq_k256", "gpu_vq_ema_k256_cosine", "gpu_ba_vq_k256_cosine"]
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert run_gpu_experiments.main([*words, "--jobs", "2"]) == 0
+        written = {name: (tmp_path / "experiments" / name / "final_metrics.json").stat().st_mtime_ns for name in names}
+        assert run_gpu_experiments.main([*words, "--overwrite", "--timeout", "100"]) == 1
+        assert sorted(given[4:]) == sorted((name, 2) for name in names)
+        assert run_gpu_experiments.main(words) == 0
+        assert sorted(given[8:]) == sorted((name, name == "gpu_ba_vq_k256") for name in names)  # the others are done
+        assert run_gpu_experiments.main(words) == 0 and all(times == 0 for _, times in given[12:])
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    assert all((tmp_path / "experiments" / name / "final_metrics.json").stat().st_mtime_ns > written[name] for name in names)
 
 
 def test_a_run_that_cannot_be_shown_leaves_no_picture(tiny_config):

@@ -262,6 +262,23 @@ def test_an_overwrite_whose_first_epoch_fails_keeps_the_old_run(tiny_config, mon
     assert again["config"]["lr"] == 0.01 and len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+def test_an_overwrite_keeps_the_old_run_where_there_is_no_room_for_a_checkpoint(tiny_config, monkeypatch):
+    vqvae.train(tiny_config(epochs=1))
+    folder = vqvae.Path(tiny_config().out_dir) / "tiny"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(vqvae.UserError, match="cannot write.*No space left"):
+        patch.setattr(torch, "save", full)
+        vqvae.train(tiny_config(epochs=1, lr=0.01, overwrite=True))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    vqvae.train(tiny_config(epochs=1, lr=0.01, overwrite=True))
+    assert sorted(path.name for path in folder.iterdir()) == sorted(before)  # no trial is left
+
+
 @pytest.mark.parametrize("change", ["more", "more, but no more steps", "other training images", "other validation images"])
 def test_a_run_whose_images_have_changed_is_not_resumed(tiny_config, monkeypatch, change):
     vqvae.train(tiny_config(train_subset=None))
@@ -779,6 +796,7 @@ def test_wandb_never_blocks_without_login_or_network(tiny, tmp_path, login):
 
 
 def test_an_overwrite_logs_to_a_new_wandb_run_once_it_has_worked(tiny_config, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     stub = types.ModuleType("wandb")  # the service itself is tested above
     stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     stub.api, stub.Settings = types.SimpleNamespace(api_key=None), dict
@@ -799,6 +817,9 @@ def test_an_overwrite_logs_to_a_new_wandb_run_once_it_has_worked(tiny_config, mo
             patch.setattr(vqvae, "train_step", fails)
             vqvae.train(tiny_config(epochs=1, wandb=True, overwrite=True, **changes))
 
+    with monkeypatch.context() as patch, pytest.raises(vqvae.UserError, match="WANDB_MODE: 'offlien'"):
+        patch.setenv("WANDB_MODE", "offlien")
+        vqvae.train(tiny_config(epochs=1, wandb=True))
     fail_once()  # a new name is not blocked by it
     vqvae.train(tiny_config(epochs=1, wandb=True))
     id_file = vqvae.Path(tiny_config().out_dir) / "tiny" / "wandb_id"
