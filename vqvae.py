@@ -667,10 +667,10 @@ def fastest_e_step(device, dim):
 
     That is for D up to FUSED_UP_TO, GPUs from Ampere on, where Triton is installed and the file lies beside this one.
     """
+    kernels = f"{__package__}.vqvae_kernels" if __package__ else "vqvae_kernels"
     if (device.type == "cuda" and dim <= FUSED_UP_TO and torch.cuda.get_device_capability(device)[0] >= 8
-            and importlib.util.find_spec("triton") and importlib.util.find_spec("vqvae_kernels")):
-        import vqvae_kernels  # not above: it imports this module
-        return vqvae_kernels.soft_assign
+            and importlib.util.find_spec("triton") and importlib.util.find_spec(kernels)):
+        return importlib.import_module(kernels).soft_assign  # not above: it imports this module
     return soft_assign
 
 
@@ -883,7 +883,7 @@ def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
     subsets = _cheapest_subsets(best, length, weights)  # (N, 1)
     behind = weights[:, None] * (best - best.amax(1, keepdim=True))  # (N, states)
     gap = (slope * behind).clamp_min(-1e35)  # finite, and in reach, at any temperature
-    posterior = _by_paths(path_posterior, (gap + log_sums).view(-1, length, states)).view(-1, states)
+    posterior = _by_paths(path_posterior, (gap + log_sums).view(-1, length, states)).reshape(-1, states)
     share = posterior - log_sums  # log P = log factor + share
     on_path = subsets == torch.arange(states, device=z.device)  # (N, states)
     numbers = torch.empty(len(z), dtype=torch.int64, device=z.device)
@@ -905,7 +905,7 @@ def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
 class Quantized(NamedTuple):
     """What a quantizer returns: the triple of vector-quantize-pytorch."""
 
-    z_q: torch.Tensor      # codes in the shape of the input; straight-through gradient in training
+    z_q: torch.Tensor      # codes in the shape of the input, with its gradient (straight-through), also in eval mode
     indices: torch.Tensor  # (B, H, W), (B, n) or (N,) int64 in [0, K)
     loss: torch.Tensor     # () weighted commitment loss
 
@@ -956,8 +956,8 @@ class Quantizer(Float32Module):
     ema_decay in [0, 1); commitment_weight: of the mean of (z - z_q)^2 over vectors and dimensions (van den Oord 2017
     equation 3); for cosine of the mean of |z - z_q|^2, in [0, 4], since single dimensions of unit vectors vary little;
     restart_threshold: fraction of the mean EMA count below which a code is dead (0: never); trellis: choose the codes of an
-    image along a path through a trellis of m^2 states, 4, 16 or 64 (0: none), each among K of m K codes; m must divide K.
-    Raises ValueError on a value outside its range.
+    image along a path through a trellis of m^2 states, 4, 16 or 64 (0: none), each among K of m K codes; m must divide K. A state
+    of another trellis with as many codes loads, but means other codes. Raises ValueError on a value outside its range.
     """
 
     codebook: torch.Tensor
@@ -1055,8 +1055,7 @@ class Quantizer(Float32Module):
             loss = self.commitment_weight * F.mse_loss(flat, quantized)
             if self.metric == "cosine":  # unit vectors have 1/D of variance in each dimension, so theirs is the sum
                 loss = loss * self.dim
-            if self.training:
-                quantized = flat + (quantized - flat).detach()  # straight-through estimator
+            quantized = quantized + (flat - flat.detach())  # straight-through estimator: the codes, with the latents' gradient
         z_q = quantized.view(rows.shape).to(z.dtype).movedim(-1, 1)
         indices = numbers
         if self.trellis:
@@ -1321,9 +1320,14 @@ class PredictiveQuantizer(Float32Module):
         unknown = known.new_zeros(len(codes), size[0] * size[1] - codes.shape[1], self.dim + 1)
         grid = join_halves(known, unknown, size).permute(0, 3, 1, 2)  # (B, D + 1, H, W)
         with torch.autocast(codes.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            told = split_halves(self.predictor(grid).permute(0, 2, 3, 1))[1]  # (B, m, D), scaled (B, m, D + 1)
-        mean = told[..., :self.dim]
-        return mean, told[..., self.dim:] if self.scaled else torch.zeros_like(mean[..., :1])
+            output = split_halves(self.predictor(grid).permute(0, 2, 3, 1))[1]  # (B, m, D), scaled (B, m, D + 1)
+        mean = output[..., :self.dim]
+        if not self.scaled:
+            return mean, torch.zeros_like(mean[..., :1])
+        log_size, unit = output[..., self.dim:], self.first.codebook.square().mean().sqrt().clamp_min(1e-12).log()
+        # A network's output has no bounds, and latents of hundreds, or all zero, drive it to where exp overflows.
+        bounded = log_size.detach().clamp(unit - 12, unit + 2)
+        return mean, log_size + (bounded - log_size.detach())  # with the gradient of what it was
 
     def code_numbers(self, indices: torch.Tensor) -> torch.Tensor:
         """Which codes indices (B, H, W) int64 in [0, K) stand for, in their shape, those of the second half after the first's."""

@@ -13,7 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-import vqvae
+if __package__:  # both files copied into a package
+    from . import vqvae
+else:
+    import vqvae
 
 PRECISION = "tf32x3"  # of the products: float32 accuracy on tensor cores; "ieee": without them
 PROGRAMS = 512        # of the column pass, at least, where K and N allow it: a few per multiprocessor

@@ -1,5 +1,6 @@
 """vqvae_kernels.soft_assign against vqvae.soft_assign through Triton's interpreter, and compiled for GPUs that are not there."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -63,6 +64,17 @@ def test_fused_e_step_equals_the_chunked_one(computed, name):
 def test_training_has_the_fused_e_step_where_it_is_faster(device, d, capability, fused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert vqvae.fastest_e_step(torch.device(device), d) is (kernels.soft_assign if fused else vqvae.soft_assign)
+
+
+def test_in_a_package_it_has_the_kernels_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "their_network").mkdir()
+    for name in ("vqvae.py", "vqvae_kernels.py"):
+        (tmp_path / "their_network" / name).symlink_to(ROOT / name)
+    monkeypatch.syspath_prepend(tmp_path)
+    theirs = importlib.import_module("their_network.vqvae")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    e_step = theirs.fastest_e_step(torch.device("cuda"), 8)
+    assert e_step.__module__ == "their_network.vqvae_kernels" and sys.modules[e_step.__module__].vqvae is theirs
 
 
 @pytest.mark.skipif(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3), reason="ahead-of-time interface of triton 3.3")

@@ -122,6 +122,23 @@ def test_it_learns_what_neighbours_tell():
     assert error[second].mean() < 0.4 * spread / 16  # the least that 16 codes leave of Gaussian latents in two dimensions
 
 
+@pytest.mark.parametrize("kind", [vqvae.BAQuantizer, vqvae.VQEMAQuantizer])
+@pytest.mark.parametrize(("scale", "mean"), [(1.0, 0.0), (1000.0, 0.0), (100.0, 100.0), (0.0, 0.0)])
+def test_sizes_stay_bounded_whatever_the_scale_of_the_latents(kind, scale, mean):
+    torch.manual_seed(0)
+    quantizer = vqvae.PredictiveQuantizer(kind(16, 4), kind(16, 4), hidden_dim=16)
+    optimizer = torch.optim.Adam(quantizer.parameters(), 3e-2)
+    smooth = torch.nn.functional.interpolate(torch.randn(64, 4, 3, 3), size=(8, 8), mode="bilinear")
+    for _ in range(60):
+        z = scale * smooth[torch.randperm(64)[:8]] + mean
+        z_q, _, loss = quantizer(z)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(tensor.isfinite().all() for tensor in (z_q, *quantizer.state_dict().values()))
+    assert (z_q - z).square().mean() <= 0.9 * z.square().mean() + 1e-6
+
+
 def test_it_learns_how_large_differences_will_be():
     """Of every second image the latents are a tenth as large; scaled, they have twice the codes, and half the error."""
     errors, used = {}, {}

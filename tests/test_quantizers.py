@@ -198,6 +198,20 @@ def test_straight_through_gradients(metric):
         assert not list(quantizer.parameters())
 
 
+@pytest.mark.parametrize("make", [vqvae.BAQuantizer, vqvae.VQEMAQuantizer])
+@pytest.mark.parametrize("trellis", [0, 4])
+def test_what_comes_back_are_the_codes_and_eval_mode_freezes_nothing_but_the_codebook(make, trellis):
+    quantizer = make(16, 4, trellis=trellis)
+    z = torch.randn(3, 4, 4, 4, requires_grad=True)
+    quantizer(z)
+    for training in (True, False):
+        before = copy.deepcopy(quantizer)
+        z_q, indices, _ = quantizer.train(training)(z)
+        assert torch.equal(z_q.permute(0, 2, 3, 1), before.codes(indices))
+        gradient, = torch.autograd.grad((z_q * torch.arange(4.0)).sum(), z)  # the last of four columns counts three times
+        assert torch.equal(gradient, torch.arange(4.0).expand_as(z))
+
+
 def test_commitment_loss_value():
     for quantizer in both(commitment_weight=0.5):
         z = torch.randn(20, 4)
