@@ -270,22 +270,25 @@ def training_curves(folders):
 
 
 def open_runs(folders):
-    """(records, models, code histograms, test images) of the runs, but for peers, that share the test images of the first.
+    """(records, models, code histograms, test images) of runs, but for peers, with the test images of the first that are there.
 
-    The first one whose images are there. Raises UserError where there is none.
+    Raises UserError where none are.
     """
     records, models, histograms = [], [], []
-    data = images = None
+    data, images, gone = None, None, []
     folders = without_peers(folders)
     for folder, record in zip(folders, load_runs(folders)):
         own = [identity(record).get(key) for key in ("dataset", "data_dir", "image_size", "test_subset")]
         config = vqvae.Config.from_dict(record["config"])
-        if data is None:
+        if data is None and own not in gone:
             try:
                 data, images = own, vqvae.test_images(config)
             except vqvae.UserError as error:
-                print(f"left out, no test images: {record['name']} ({error})")
-                continue
+                print(f"no test images: {error}")
+                gone.append(own)
+        if own in gone:
+            print(f"left out, no test images: {record['name']}")
+            continue
         if own != data:
             print(f"left out, other test images: {record['name']}")
             continue
@@ -459,7 +462,7 @@ def _series(records):
     """A function of a record that labels it by its method and, where records differ in them, its images."""
     def images(record):
         config = record["config"]
-        folder = f" {Path(config['data_dir']).name}" if config["dataset"] == "folder" else ""
+        folder = f" {config['data_dir']}" if config["dataset"] == "folder" else ""
         return f"{config['dataset']}{folder} {config['image_size']}px"
 
     several = len(set(map(images, records))) > 1

@@ -7,7 +7,8 @@
     python run_gpu_experiments.py --print_commands       # one line per run, for a scheduler
 
 Runs finished with the same config are skipped; a failing one does not stop the others. Logs are in
-OUT_DIR/NAME.log, the summary in OUT_DIR/gpu_run_summary.json and OUT_DIR/summary.png.
+OUT_DIR/NAME.log, the summary in OUT_DIR/gpu_run_summary.json and OUT_DIR/summary.png; OUT_DIR/.overwrite says which
+runs --overwrite has not reached, for the next call.
 Exit codes: 0 all runs finished, 1 some failed, 2 bad input, 130 Ctrl-C, SIGTERM or a closed terminal, 141 nobody
 reads the output (runs save where they are; the same command continues).
 """
@@ -122,18 +123,24 @@ def parse(argv):
 
 
 def still_to_overwrite(out_dir, configs):
-    """Names of runs that --overwrite, now or in an earlier call that was stopped, has not begun to train again.
+    """Names of runs to train again: as --overwrite asks now, or asked with these settings in a call that was stopped before.
 
-    OUT_DIR/.overwrite has the time at which it was asked for each; a run that began later has a config.yaml of later.
+    OUT_DIR/.overwrite keeps the settings for each that has not begun, and when the config.yaml in its place was written.
     """
+    def written(name):
+        stored = out_dir / name / "config.yaml"
+        return stored.stat().st_mtime_ns if stored.exists() else None
+
     path = out_dir / ".overwrite"
-    asked = vqvae.read_json(path) if path.exists() else {}
-    now = {name: time.time() for name, config in configs.items() if config.overwrite}
-    if now:
-        asked.update(now)
+    before = vqvae.read_json(path) if path.exists() else {}
+    asked = {name: values for name, values in before.items() if values["written"] == written(name)}
+    asked.update({name: {"config": vqvae.identity(config), "written": written(name)} for name, config in configs.items()
+                  if config.overwrite and written(name)})
+    if asked:
         vqvae.write_json(path, asked)
-    stored = {name: out_dir / name / "config.yaml" for name in configs if name in asked}
-    return {name for name, config in stored.items() if config.exists() and config.stat().st_mtime < asked[name]}
+    else:
+        path.unlink(missing_ok=True)
+    return [name for name, config in configs.items() if name in asked and asked[name]["config"] == vqvae.identity(config)]
 
 
 def main(argv=None):
@@ -154,7 +161,11 @@ def main(argv=None):
     except OSError as error:
         raise vqvae.UserError(f"{out_dir}: cannot write here ({error.strerror}); choose another --out_dir") from error
     for name in still_to_overwrite(out_dir, configs):
-        runs[name].append("--overwrite")
+        if configs[name].resume:
+            raise vqvae.UserError(f"resume: {name} is still to be trained again, as --overwrite asked before; drop --resume")
+        if not configs[name].overwrite:
+            print(f"{name}: trained again, as --overwrite asked before")
+            runs[name].append("--overwrite")
     sweep = Sweep((options.gpus.split(",") if options.gpus else [None]) * options.jobs, options.timeout)
     began, status = time.time(), {}
     same = "the same command" + (" without --overwrite" if any(config.overwrite for config in configs.values()) else "")

@@ -1055,7 +1055,8 @@ class Quantizer(Float32Module):
             loss = self.commitment_weight * F.mse_loss(flat, quantized)
             if self.metric == "cosine":  # unit vectors have 1/D of variance in each dimension, so theirs is the sum
                 loss = loss * self.dim
-            quantized = quantized + (flat - flat.detach())  # straight-through estimator: the codes, with the latents' gradient
+            if flat.requires_grad:  # straight-through estimator: the codes, exactly, with the latents' gradient
+                quantized = quantized + (flat - flat.detach())
         z_q = quantized.view(rows.shape).to(z.dtype).movedim(-1, 1)
         indices = numbers
         if self.trellis:
@@ -1294,7 +1295,7 @@ class PredictiveQuantizer(Float32Module):
         self.predictor = nn.Sequential(nn.Conv2d(self.dim + 1, hidden_dim, 5, padding=2), nn.ReLU(),
                                        nn.Conv2d(hidden_dim, self.dim + scaled, 1)).float()
         for parameter in self.predictor[2].parameters():
-            nn.init.zeros_(parameter)  # it predicts 0, and a scale of 1, until it has learned better
+            nn.init.zeros_(parameter)  # it predicts 0 and a scale of 1, or the nearest in bounds, until it knows better
 
     @property
     def initialized(self) -> bool:
@@ -1314,7 +1315,8 @@ class PredictiveQuantizer(Float32Module):
     def predict(self, codes: torch.Tensor, size: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         """What codes of the first half (B, n, D), in a grid of `size`, tell of the latents of the second. In float32.
 
-        Returns their mean (B, m, D), and log of the root of the mean squared difference from it (B, m, 1), 0 unless scaled.
+        Returns their mean (B, m, D), and log of the root of the mean squared difference from it (B, m, 1): 0 unless scaled, else
+        within e^-12 and e^2 times the root of the mean square of the first half's codes.
         """
         known = F.pad(codes, (0, 1), value=1.0)  # (B, n, D + 1): the 1 tells codes from what is unknown or outside
         unknown = known.new_zeros(len(codes), size[0] * size[1] - codes.shape[1], self.dim + 1)
@@ -1327,7 +1329,7 @@ class PredictiveQuantizer(Float32Module):
         log_size, unit = output[..., self.dim:], self.first.codebook.square().mean().sqrt().clamp_min(1e-12).log()
         # A network's output has no bounds, and latents of hundreds, or all zero, drive it to where exp overflows.
         bounded = log_size.detach().clamp(unit - 12, unit + 2)
-        return mean, log_size + (bounded - log_size.detach())  # with the gradient of what it was
+        return mean, bounded + (log_size - log_size.detach())  # with the gradient of what it was
 
     def code_numbers(self, indices: torch.Tensor) -> torch.Tensor:
         """Which codes indices (B, H, W) int64 in [0, K) stand for, in their shape, those of the second half after the first's."""
@@ -1769,7 +1771,7 @@ def training_images(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_items(config: Config):
-    """The test images before they are read, as many: paths, say. Raises UserError."""
+    """One item for each test image: its path (folder), number (dead leaves), or itself (CIFAR-10). Raises UserError."""
     return _at_most(_whole_set(config, train=False), config.test_subset, "test_subset")
 
 
@@ -2477,9 +2479,9 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     folder = check_run_folder(config)
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install wandb, or drop --wandb")
-    modes = ("online", "offline", "disabled", "shared", "run", "dryrun")
-    if config.wandb and os.environ.get("WANDB_MODE", "online") not in modes:
-        raise UserError(f"WANDB_MODE: {os.environ['WANDB_MODE']!r} is none of {', '.join(modes)}")
+    mode = os.environ.get("WANDB_MODE", "online")
+    if config.wandb and mode not in ("online", "offline", "disabled", "shared", "run", "dryrun"):
+        raise UserError(f"WANDB_MODE: {mode!r} is no mode of wandb; set it to online, offline or disabled, or unset it")
     device, device_reason = pick_device(config.device)
     dtype, dtype_reason = pick_precision(config.precision, device)
     if config.batch_size % world_size():

@@ -189,11 +189,11 @@ def main(argv=None):
     if config.compile:
         compiled = dataclasses.replace(own["ba_vq"], compile=True)
         epochs["ba_vq, compiled"] = project_epoch(compiled, images, device)[0]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    vqvae.check_writable(RESULTS / "throughput.json")
     for epoch in epochs.values():
         epoch()  # warm-up, worker processes
     times = {name: [] for name in epochs}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    vqvae.check_writable(RESULTS / "throughput.json")  # before the work
     for _ in range(options.rounds):
         for name, epoch in epochs.items():
             times[name].append(seconds(epoch, device))

@@ -514,3 +514,15 @@ def test_one_gpu_for_every_process_is_refused(monkeypatch):
     with pytest.raises(vqvae.UserError, match="use --device cuda"):
         vqvae.pick_device("cuda:0")
     assert vqvae.pick_device("cuda")[0] == torch.device("cuda")
+
+
+def test_wandb_sees_the_exit_code():
+    """It replaces sys.exit when it is imported, in the middle of a run, to hear of it."""
+    script = ("import os, runpy, sys, vqvae\n"
+              "def run_command(main):\n"
+              "    sys.exit = lambda code: (print('seen', code, flush=True), os._exit(0))\n"
+              "    return 7\n"
+              "vqvae.run_command = run_command\n"
+              "runpy.run_path('train.py', run_name='__main__')\n")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "seen 7\n", done.stderr

@@ -139,6 +139,19 @@ def test_sizes_stay_bounded_whatever_the_scale_of_the_latents(kind, scale, mean)
     assert (z_q - z).square().mean() <= 0.9 * z.square().mean() + 1e-6
 
 
+def test_the_bounds_of_a_size_are_exact():
+    quantizer, z = trained(scaled=True)
+    unit = quantizer.first.codebook.square().mean().sqrt().log()
+    codes = quantizer.first.codebook[:6].expand(2, 6, -1)
+    for bias, bound in ((1e9, unit + 2), (-1e9, unit - 12)):
+        with torch.no_grad():
+            quantizer.predictor[2].bias[-1] = bias
+        log_size = quantizer.predict(codes, torch.Size((3, 4)))[1]
+        assert torch.equal(log_size, bound.expand_as(log_size))
+        gradient, = torch.autograd.grad(log_size.sum(), quantizer.predictor[2].bias)
+        assert gradient[-1] == log_size.numel()
+
+
 def test_it_learns_how_large_differences_will_be():
     """Of every second image the latents are a tenth as large; scaled, they have twice the codes, and half the error."""
     errors, used = {}, {}

@@ -355,11 +355,18 @@ def test_a_stopped_overwrite_is_continued_with_the_runs_it_had_not_reached(tmp_p
     try:
         assert run_gpu_experiments.main([*words, "--jobs", "2"]) == 0
         written = {name: (tmp_path / "experiments" / name / "final_metrics.json").stat().st_mtime_ns for name in names}
+        assert run_gpu_experiments.main([*words, "--lr", "0.001", "--overwrite", "--timeout", "0.001"]) == 1  # none begins
+        assert run_gpu_experiments.main(words) == 0 and all(times == 0 for _, times in given[8:])  # nobody asked with these
+        assert {name: (tmp_path / "experiments" / name / "final_metrics.json").stat().st_mtime_ns for name in names} == written
+        del given[4:]
         assert run_gpu_experiments.main([*words, "--overwrite", "--timeout", "100"]) == 1
-        assert sorted(given[4:]) == sorted((name, 2) for name in names)
+        assert sorted(given[4:]) == sorted((name, 1) for name in names)
+        with pytest.raises(vqvae.UserError, match="gpu_ba_vq_k256 is still to be trained again"):
+            run_gpu_experiments.main([*words, "--resume"])
         assert run_gpu_experiments.main(words) == 0
         assert sorted(given[8:]) == sorted((name, name == "gpu_ba_vq_k256") for name in names)  # the others are done
         assert run_gpu_experiments.main(words) == 0 and all(times == 0 for _, times in given[12:])
+        assert not (tmp_path / "experiments" / ".overwrite").exists()
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)

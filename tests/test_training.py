@@ -797,6 +797,7 @@ def test_wandb_never_blocks_without_login_or_network(tiny, tmp_path, login):
 
 def test_an_overwrite_logs_to_a_new_wandb_run_once_it_has_worked(tiny_config, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    logged = []
     stub = types.ModuleType("wandb")  # the service itself is tested above
     stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     stub.api, stub.Settings = types.SimpleNamespace(api_key=None), dict
@@ -805,7 +806,7 @@ def test_an_overwrite_logs_to_a_new_wandb_run_once_it_has_worked(tiny_config, mo
 
     def init(id, dir, **_):
         (vqvae.Path(dir) / "wandb").mkdir(exist_ok=True)
-        return types.SimpleNamespace(id=id, summary={}, log=lambda *_, **__: None, finish=lambda: None)
+        return types.SimpleNamespace(id=id, summary={}, log=lambda *_, **options: logged.append(options), finish=lambda: None)
 
     stub.init = init
 
@@ -822,6 +823,7 @@ def test_an_overwrite_logs_to_a_new_wandb_run_once_it_has_worked(tiny_config, mo
         vqvae.train(tiny_config(epochs=1, wandb=True))
     fail_once()  # a new name is not blocked by it
     vqvae.train(tiny_config(epochs=1, wandb=True))
+    assert [options["commit"] for options in logged] == [True]  # before the test's metrics, which it would replace
     id_file = vqvae.Path(tiny_config().out_dir) / "tiny" / "wandb_id"
     old = id_file.read_text()
     fail_once(lr=0.01)
