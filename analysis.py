@@ -508,7 +508,10 @@ def main(argv=None):
     if missing:
         raise vqvae.UserError(f"no such folder: {', '.join(missing)}")
     whole = (path.resolve() if path.name in ("", "..") else path for path in options.folders)  # with the run's name at the end
-    given = list({path.resolve(): path for path in reversed(list(whole))}.values())[::-1]  # each once, by its first name
+    first = {}
+    for path in whole:
+        first.setdefault(path.resolve(), path)
+    given = list(first.values())  # each once, by its first name
     finished = [path for path in given if os.path.exists(path / "final_metrics.json")]
     unfinished = [path.name for path in given if path.is_dir() and path not in finished]
     if unfinished:
