@@ -11,7 +11,8 @@ pipeline, the code histogram and the evaluation of the validation split add to a
 a step over the matrix and copy rates measured in the same run; of the quantizer, those without additions. The classical way
 has no prediction and no trellis, nor has this project here unless asked. `ba_vq` has the first temperature, another model the
 last, which almost half of training has. Images are dead leaves. Writes results/speed/throughput_DEVICE_SIZE.json, SIZE its hidden
-width, residual blocks, D, K and batch, prediction and trellis if any.
+width, residual blocks, D, K and batch, then what is not the default: prediction and trellis, pixels and pixels per latent of a
+side, precision.
 """
 
 import dataclasses
@@ -170,6 +171,16 @@ def parse(argv):
     return options, config
 
 
+def size_name(config):
+    """What of a config decides its speed, for the name of the JSON."""
+    name = f"h{config.hidden_dim}x{config.res_blocks}_d{config.latent_dim}_k{config.codebook_size}_b{config.batch_size}"
+    if config.prediction != "none" or config.states:
+        name += f"_{config.prediction}{config.states}"
+    if (config.image_size, config.downsample) != (32, 4):
+        name += f"_{config.image_size}by{config.downsample}"
+    return name if config.precision == "auto" else f"{name}_{config.precision}"
+
+
 def main(argv=None):
     options, config = parse(argv)
     device, _ = vqvae.pick_device(config.device)
@@ -213,10 +224,7 @@ def main(argv=None):
     least = sum(floor["seconds"].values())
     ratios["ba_vq step / floor"] = config.batch_size / rate["ba_vq"] / least
     ratios["network step / floor"] = config.batch_size / rate["no quantizer"] / floor["seconds"]["network"]
-    size = f"h{config.hidden_dim}x{config.res_blocks}_d{config.latent_dim}_k{config.codebook_size}_b{config.batch_size}"
-    if config.prediction != "none" or config.states:
-        size += f"_{config.prediction}{config.states}"
-    vqvae.write_json(RESULTS / f"throughput_{device.type}_{size}.json", {
+    vqvae.write_json(RESULTS / f"throughput_{device.type}_{size_name(config)}.json", {
         "machine": vqvae.machine(device), "config": config.to_dict(), "images_per_second": rate, "ratios": ratios, "floor": floor,
         "raw": times})
     for part in ("network", "quantizer"):

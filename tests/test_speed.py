@@ -112,6 +112,13 @@ def test_throughput_takes_prediction_and_trellis_where_asked():
     assert [(config.prediction, config.states) for config in configs] == [("none", 0), ("scaled", 16), ("none", 4)]
 
 
+def test_throughput_names_its_files_by_what_decides_the_speed():
+    names = {throughput.size_name(throughput.parse(words)[1]) for words in (
+        [], ["--dataset", "dead_leaves", "--image_size", "64"], ["--downsample", "8"], ["--precision", "float32"],
+        ["--prediction", "scaled"])}
+    assert names == {"h128x2_d256_k512_b256" + more for more in ("", "_64by4", "_32by8", "_float32", "_scaled16")}
+
+
 def test_throughput_trains_at_the_temperature_asked_for(tiny_config):
     images = torch.zeros(4, 16, 16, 3, dtype=torch.uint8)
     for progress, temperature in ((0.0, 0.2), (1.0, 0.02)):
