@@ -65,6 +65,8 @@ METHODS = {
     **{f"vq_ema_scaled_trellis{suffix}": vq_ema("scaled", states) for suffix, states in SCALED_TRELLISES.items()},
     **{f"ba_vq_lambda{w:g}_scaled_trellis{suffix}": ba_vq(w, "scaled", states)
        for suffix, states in SCALED_TRELLISES.items() for w in (10, 100, 300, 1000)},
+    "vq_ema_trellis16": vq_ema("none", "16"),
+    "ba_vq_lambda100_trellis16": ba_vq(100, "none", "16"),
     # One factor at a time between the two recipes: what keeps the codes of a large codebook alive (FINDINGS.md).
     "vq_ema_classical_decay": [*CLASSICAL, "--ema_decay", "0.97475"],  # that of the tuned recipe at K = 16,384
     "vq_ema_classical_decay99": [*CLASSICAL, "--ema_decay", "0.99"],  # van den Oord 2017, appendix A.1
