@@ -118,7 +118,7 @@ def _pairs(records):
     """(BA-VQ record, VQ-EMA record) wherever both share all settings but the quantizer's."""
     return [(ba, ema) for group in _groups(records, _setting)
             for ba in group if ba["config"]["quantizer"] == "ba_vq"
-            for ema in group if ema["config"]["quantizer"] == "vq_ema" and "peer" not in ema]
+            for ema in group if ema["config"]["quantizer"] == "vq_ema"]
 
 
 def _change(ba, ema):
@@ -252,7 +252,7 @@ def training_curves(folders):
             lines = [line for line in lines if "train_perplexity" in line]  # without epochs of warm-up
             split = "val" if "val_psnr" in lines[-1] else "train"
             epochs = [line["epoch"] for line in lines]
-            quality = [line["val_psnr"] if split == "val" else vqvae.psnr(line["recon_loss"]).item() for line in lines]
+            quality = [line.get("val_psnr", vqvae.psnr(line["recon_loss"]).item()) for line in lines]
             use = [line[f"{split}_perplexity"] / record["config"]["codebook_size"] for line in lines]
         except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
             raise vqvae.UserError(f"{folder}: its metrics.jsonl is missing or damaged ({error}); leave the run out") from error
@@ -261,8 +261,8 @@ def training_curves(folders):
             options["label"] += " (training images)"
         left.plot(epochs, quality, **options)
         right.plot(epochs, use, **options)
-    left.set(xlabel="epoch", ylabel="PSNR in dB (validation)")
-    right.set(xlabel="epoch", ylabel="perplexity / K (validation)", ylim=(0, 1.02))
+    left.set(xlabel="epoch", ylabel="PSNR in dB (validation unless noted)")
+    right.set(xlabel="epoch", ylabel="perplexity / K (validation unless noted)", ylim=(0, 1.02))
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _at_least_a_decibel(left)
@@ -508,10 +508,7 @@ def main(argv=None):
     if missing:
         raise vqvae.UserError(f"no such folder: {', '.join(missing)}")
     whole = (path.resolve() if path.name in ("", "..") else path for path in options.folders)  # with the run's name at the end
-    first = {}
-    for path in whole:
-        first.setdefault(path.resolve(), path)
-    given = list(first.values())  # each once, by its first name
+    given = [same[0] for same in _groups(whole, Path.resolve)]  # each once, by its first name
     finished = [path for path in given if os.path.exists(path / "final_metrics.json")]
     unfinished = [path.name for path in given if path.is_dir() and path not in finished]
     if unfinished:

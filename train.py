@@ -85,7 +85,7 @@ def config_from(argv):
 
 
 def config_to_run(argv):
-    """The Config of `config_from`, for scripts that cannot only show it. Raises UserError."""
+    """The Config of `config_from`, for scripts without --dry_run. Raises UserError."""
     config, dry_run = config_from(argv)
     if dry_run:
         raise vqvae.UserError("dry_run: belongs to train.py; drop it here")

@@ -6,7 +6,7 @@
 
 One module, in reading order: configuration, processes and devices, networks, the textbook Blahut-Arimoto algorithm, the
 quantizers (a trellis for either; VQ-EMA, the baseline; BA-VQ, the streaming Blahut-Arimoto quantizer; prediction for
-either), the autoencoder, data, metrics, run folders and checkpoints, pictures, training. CODE_OVERVIEW.md is the guide.
+either), the autoencoder, data, metrics, run folders and checkpoints, pictures, training, scripts. CODE_OVERVIEW.md is the guide.
 
 Sources, cited below by name:
     van den Oord 2017   Neural Discrete Representation Learning, arXiv 1711.00937
@@ -50,12 +50,11 @@ import tarfile
 import textwrap
 import threading
 import time
-import typing
 import urllib.parse
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -75,7 +74,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Training stopped early (exit code 128 + signum): by a signal, and saved, or as nobody reads it (see `train`)."""
+    """Training stopped early, by a signal or because nobody reads the output; exit code 128 + signum."""
 
     def __init__(self, message, signum):
         super().__init__(message, signum)  # both, or it could not be sent from one process to another
@@ -146,9 +145,9 @@ class Config:
                                     "images of one latent)",
                                     choices=("none", "checkerboard", "scaled"))
     trellis: str | None = option(None, "'4', '16' or '64' states: the codes of an image are chosen jointly, along a path through "
-                                 "a trellis, each among codebook_size of two, four or eight times as many codes (default: 16, "
-                                 "beyond K = 4096 4; none without prediction, for more than 256 latents an image, or a K that 4 "
-                                 "does not divide)", choices=("none", "4", "16", "64"))
+                                 "a trellis, each among codebook_size of two, four or eight times as many codes (default: 16 up "
+                                 "to K = 4096, 4 beyond; none without prediction, for more than 256 latents an image, or a K "
+                                 "that 4 does not divide)", choices=("none", "4", "16", "64"))
     # training
     warmup_fraction: float | None = option(None, "fraction of training before the quantizer joins in "
                                            "(default 0.1; vq_ema classical 0)", low=0, high=0.9)
@@ -221,6 +220,11 @@ class Config:
             raise UserError(f"unknown setting {unknown[0]!r}; `python train.py --help` lists them all")
         return cls(**values)
 
+    @property
+    def latents(self) -> int:
+        """How many latents an image has."""
+        return (self.image_size // self.downsample) ** 2
+
     def to_dict(self) -> dict:
         """Plain values, fit for YAML, JSON and checkpoints; infinity is the text "inf".
 
@@ -236,8 +240,7 @@ def default_trellis(config: Config) -> str:
     None without prediction, for a K that 4 does not divide, and where an image has so many latents that the loops along its
     path would be what training waits for.
     """
-    many = (config.image_size // config.downsample) ** 2 > 256
-    if config.prediction == "none" or many or config.codebook_size % 4:
+    if config.prediction == "none" or config.latents > 256 or config.codebook_size % 4:
         return "none"
     return "16" if config.codebook_size <= 4096 else "4"
 
@@ -250,34 +253,33 @@ def default_ema_decay(config: Config) -> float:
     """
     if config.quantizer == "vq_ema" and config.vq_recipe == "classical":
         return 0.8
-    vectors = config.batch_size * (config.image_size // config.downsample) ** 2 // (2 if config.prediction != "none" else 1)
+    vectors = config.batch_size * config.latents // (2 if config.prediction != "none" else 1)
     codes = config.codebook_size * trellis_base(config.states)
     return round(max(0.9, 1 - math.sqrt(vectors / codes) / 28), 5)
 
 
 def kind_of(field):
     """The type of a Config field's values other than None."""
-    return next(iter(typing.get_args(field.type)), field.type)
+    return next(iter(get_args(field.type)), field.type)
 
 
 def _checked(field, value):
     """The value of one Config field, in the type that it is declared with. Raises UserError."""
-    if value is None and type(None) in typing.get_args(field.type):
+    if value is None and type(None) in get_args(field.type):
         return None
-    kind = kind_of(field)
+    kind, rule = kind_of(field), field.metadata
     if type(value) is int and abs(value) >= 1 << 1000:  # more than a float holds, or a message should show
         raise UserError(f"{field.name}: this number has too many digits")
     if kind is float and (type(value) is int or value == "inf"):  # JSON has no infinity
         value = float(value)
-    if type(value) is int and str(value) in (field.metadata["choices"] or ()):  # YAML reads the text 16 as a number
+    if type(value) is int and str(value) in (rule["choices"] or ()):  # YAML reads the text 16 as a number
         value = str(value)
     if type(value) is not kind:
         hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if kind is float and isinstance(value, str) else ""
-        if kind is str and type(value) in (int, float) and not field.metadata["choices"]:
+        if kind is str and type(value) in (int, float) and not rule["choices"]:
             hint = f' (YAML reads a number: write "{value}")'
         got = repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
         raise UserError(f"{field.name}: expected {kind.__name__}, got {got}{hint}")
-    rule = field.metadata
     if rule["choices"] and value not in rule["choices"]:
         raise UserError(f"{field.name}: {value!r} is not one of {', '.join(map(str, rule['choices']))}")
     if kind is str and (not value or "\0" in value):
@@ -359,7 +361,7 @@ def say(message):
                           signal.SIGPIPE) from None
 
 
-def pick_device(device: str = "auto") -> tuple[torch.device, str]:
+def pick_device(device: str) -> tuple[torch.device, str]:
     """(torch.device, reason). Raises UserError for a device that is not there."""
     if device == "auto":
         if torch.cuda.is_available():
@@ -597,7 +599,7 @@ def _best(scores):
 def nearest_code(z, codebook):
     """Number (N,) of the code nearest to each row of z (N, D) in squared distance; codebook (K, D)."""
     half_norms = _half_norms(codebook)
-    numbers = torch.empty(len(z), dtype=torch.int64, device=z.device)  # pieces kept from each chunk would fragment the heap
+    numbers = z.new_empty(len(z), dtype=torch.int64)  # pieces kept from each chunk would fragment the heap
     for chunk, nearest in _chunks(len(codebook), z, numbers):
         nearest[:] = _best(_scores(chunk, codebook, half_norms))[1]
     return numbers
@@ -647,7 +649,7 @@ def soft_assign(z, codebook, log_w, temperature):
     half_norms = _half_norms(codebook)
     stats = z.new_zeros(z.shape[1] + 1, len(codebook))  # (D + 1, K): products with rows of P are fast this way round
     best_sum, squares = z.new_zeros(()), z.new_zeros(())
-    numbers = torch.empty(len(z), dtype=torch.int64, device=z.device)  # pieces kept from each chunk would fragment the heap
+    numbers = z.new_empty(len(z), dtype=torch.int64)  # pieces kept from each chunk would fragment the heap
     for chunk, nearest in _chunks(len(codebook), z, numbers):  # (n, D), (n,)
         scores = _scores(chunk, codebook, half_norms)  # (n, K)
         best, nearest[:] = _best(scores)  # (n,)
@@ -776,7 +778,7 @@ def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
 
 
 def _on_path(function, values):
-    """`function`, which wants values (B, T, ...) of images' latents in the order of the path, of those row by row; so the result.
+    """Apply `function`, which works in path order, to values (B, T, ...) stored row by row; the result is row by row, too.
 
     The path goes on by a fixed stride, round and round: the number nearest to 0.382 T, a golden section, that has no factor in
     common with T. So it passes every place, and those passed one after the other lie far apart (where T is small, hardly).
@@ -822,30 +824,30 @@ def _best_in(subsets, scores):
 
 
 def _wanted_parts(wanted, z, size):
-    """Chunks of rows of z (N, D), and which subsets, of `size` codes, they need, by wanted (N, states).
+    """Chunks of rows of z (N, D) with the subsets, of `size` codes each, that they need: wanted (N, subsets).
 
-    Yields rows, the slice of subsets and the slice of codes. Where few are needed, subsets come one by one, each with the rows
-    that need it, else all with all rows.
+    Yields (rows, slice of subsets, slice of codes): one subset at a time with the rows that want it, where few are wanted, else
+    all subsets for every row.
     """
-    states = wanted.shape[1]
+    subsets = wanted.shape[1]
     if _surely_few(wanted):
         for subset in wanted.any(0).nonzero().flatten().tolist():
             for rows in wanted[:, subset].nonzero().squeeze(1).split(_rows_at_once(size, z)):
                 yield rows, slice(subset, subset + 1), slice(subset * size, (subset + 1) * size)
     else:
-        count = _rows_at_once(states * size, z)
+        count = _rows_at_once(subsets * size, z)
         for start in range(0, len(z), count):
-            yield slice(start, start + count), slice(0, states), slice(0, states * size)
+            yield slice(start, start + count), slice(0, subsets), slice(0, subsets * size)
 
 
 def nearest_path(z, codebook, length, states, weights):
     """Numbers (N,) of the codes, one a row of z (N, D), of the paths with the least sums of squared distances times weights (N,).
 
-    A path is the `length` rows of an image; codebook (codes, D), of as many subsets as `states`. The scores are computed for the
-    best of each subset and, once the path is known, where need be again for its place.
+    A path is the `length` rows of an image; codebook (codes, D), of as many subsets as `states`. A first pass over the scores
+    keeps the best of each subset; once the path is known, a second one finds which code that was.
     """
     half_norms, size = _half_norms(codebook), len(codebook) // states
-    best, numbers = z.new_empty(len(z), states), torch.empty(len(z), dtype=torch.int64, device=z.device)
+    best, numbers = z.new_empty(len(z), states), z.new_empty(len(z), dtype=torch.int64)
     for chunk, its_best in _chunks(len(codebook), z, best):
         its_best[:] = _scores(chunk, codebook, half_norms).view(len(chunk), states, size).amax(2)
     subsets = _cheapest_subsets(best, length, weights)  # (N, 1)
@@ -863,10 +865,10 @@ def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
     """`soft_assign` where the codes of an image are chosen jointly, along a path of `length` rows of z (N, D).
 
     P of a path ~ the product over its rows of w_k exp(-(v d_s + d - d_s) / temperature): d the squared distance to the row's
-    code, d_s that to the nearest code of the same subset, v the row's entry of weights (N,). So v counts in the choice between
-    subsets, not within one: where it is small the prior alone would decide there, and a code that has starved would get all such
-    rows. Returns Assignment: its numbers are those of the nearest paths, its score is weighted, its sums are not. The scores are
-    computed before the paths are known and, where need be, again after.
+    code, d_s that to the nearest code of the same subset, v the row's entry of weights (N,). So v weighs the choice between
+    subsets only: within one, a small v would leave the choice to the prior, and a starved code would get every such row. Returns
+    Assignment: the numbers are those of the nearest paths; v weighs the score, not the sums. As in `nearest_path`, the scores are
+    computed twice.
     """
     half_norms, size = _half_norms(codebook), len(codebook) // states
     best, log_sums = z.new_empty(2, len(z), states)  # of each subset: best score; log of its summed factors, relative to it
@@ -886,7 +888,7 @@ def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
     posterior = _by_paths(path_posterior, (gap + log_sums).view(-1, length, states)).reshape(-1, states)
     share = posterior - log_sums  # log P = log factor + share
     on_path = subsets == torch.arange(states, device=z.device)  # (N, states)
-    numbers = torch.empty(len(z), dtype=torch.int64, device=z.device)
+    numbers = z.new_empty(len(z), dtype=torch.int64)
     stats, squares = z.new_zeros(z.shape[1] + 1, len(codebook)), z.new_zeros(())
     for rows, part, codes in _wanted_parts((posterior > LEAST_LOG_P) | on_path, z, size):
         chunk, its_path = z[rows], on_path[rows, part]
@@ -963,8 +965,8 @@ class Quantizer(Float32Module):
     codebook: torch.Tensor
     ema: torch.Tensor
 
-    def __init__(self, codebook_size: int, dim: int, metric: str = "euclid", ema_decay: float = 0.9,
-                 commitment_weight: float = 0.25, restart_threshold: float = 0.1, trellis: int = 0) -> None:
+    def __init__(self, codebook_size: int, dim: int, metric: str, ema_decay: float, commitment_weight: float,
+                 restart_threshold: float, trellis: int) -> None:
         super().__init__()
         if codebook_size < 1 or dim < 1 or metric not in ("euclid", "cosine"):
             raise ValueError(f"codebook_size {codebook_size} and dim {dim} must be positive, metric {metric!r} euclid or cosine")
@@ -1031,9 +1033,9 @@ class Quantizer(Float32Module):
         """z (B, D, H, W), (B, D, n) or (N, D), any float dtype -> Quantized(z_q, indices, loss).
 
         weights (B, H, W) or (B, n), above 0, which is not checked: how much the squared error of each latent counts on the path
-        through a trellis, against the others of its path; None: all the same. Centroids and commitment loss are without them, as
-        is a quantizer without a trellis. In training the first batch initialises the codebook, and every
-        batch updates it after its own look-up. Raises ValueError on a wrong shape or an empty batch.
+        through a trellis, against the others of its path; None: equally. They weigh neither centroids nor commitment loss, and
+        nothing at all without a trellis. In training the first batch initialises the codebook, and every batch updates it after
+        its own look-up. Raises ValueError on a wrong shape or an empty batch.
         """
         if z.dim() == 2 and self.trellis:
             raise ValueError(f"a trellis needs to know which latents are one path: (B, {self.dim}, n) or (B, {self.dim}, H, W)")
@@ -1073,10 +1075,9 @@ class Quantizer(Float32Module):
 
     @torch.no_grad()
     def _train_step(self, z, length, weights):
-        if not self._has_started:
-            if not self.initialized:
-                self.initialize(z)
-            self._has_started = True
+        if not (self._has_started or self.initialized):
+            self.initialize(z)
+        self._has_started = True
         numbers, stats = self.assign(z, length, weights)
         quantized = F.embedding(numbers, self.codebook)  # before the update
         self.update(z, stats)
@@ -1152,7 +1153,7 @@ class VQEMAQuantizer(Quantizer):
         return numbers, all_reduce(stats)
 
     def update(self, z, stats):
-        """Codes are the EMA centroids (van den Oord 2017, appendix A.1, with its Laplace smoothing in the public code)."""
+        """Codes are the EMA centroids (van den Oord 2017, appendix A.1, with the Laplace smoothing of its public code)."""
         self.ema.lerp_(stats, 1 - self.ema_decay)
         if self.recipe == "tuned":
             self.restart_dead_codes(z)
@@ -1179,7 +1180,7 @@ class BAQuantizer(Quantizer):
 
     entropy_weight: lambda in [0, inf]: 0 lets codes die, 1 is soft k-means, inf holds q_k = 1/K.
     temperature_start, temperature_end: tau in units of the mean distortion to the nearest code, falling
-    geometrically over the first anneal_fraction of training (`set_progress`). On a path with weights that distortion has them.
+    geometrically over the first anneal_fraction of training (`set_progress`). With path weights that distortion is weighted.
     ba_iters: Blahut-Arimoto steps per batch.  Dead codes restart only where lambda > 1.
     Raises ValueError on a value outside its range.
     """
@@ -1424,10 +1425,10 @@ class Reconstruction(NamedTuple):
 class VQVAE(nn.Module):
     """Encoder, quantizer, decoder. Images are (B, 3, S, S) floats in [0, 1], S divisible by `downsample`, f: 2, 4, 8, ...
 
-    quantizer: any module that maps latents (B, D, H, W) to the triple (z_q, indices, loss). It may have `set_progress`, which
-    is called each step, `code_numbers` and `trellis`, where an index is not the number of its code, and `metric` 'cosine', for
-    latents of length 1; `decode` needs its `codes`, `refined` its `codebook` and `codebook_size`, too. In training mode it
-    learns from what it is called with, in `encode`, too. hidden_dim: at least 2. Raises ValueError on other sizes.
+    quantizer: any module that maps latents (B, D, H, W) to the triple (z_q, indices, loss). Optional: `set_progress`, called each
+    step; `code_numbers` and `trellis`, where an index is not its code's number; `metric`, 'cosine' for unit latents. `decode`
+    needs its `codes`, `refined` its `codebook` and `codebook_size`, too. In training mode it learns from every call, also from
+    `encode`. hidden_dim: at least 2. Raises ValueError on other sizes.
     """
 
     def __init__(self, quantizer: nn.Module, hidden_dim: int = 128, latent_dim: int = 16, downsample: int = 4,
@@ -1466,7 +1467,7 @@ class VQVAE(nn.Module):
         by REFINE_STEP of the way there from z: neighbours overlap in the image, so they take turns. That is a guess, so for each
         image the latents with the least error are returned, those before the first pass among them.
         Not differentiable, and meant for eval mode: training with it makes the encoder lean on it, until perplexity and PSNR
-        fall (results/LOG.md). Needs a quantizer of this module.
+        fall (results/LOG.md).
         """
         z = z.float()
         second = checkerboard(z.shape[2:], z.device)  # (H, W)
@@ -1598,14 +1599,22 @@ def _only_https(url):
         raise ValueError(f"only https is allowed, not {url}")
 
 
-def _flock(file, folder, setting, wait=True):
-    """Lock a file for this process. Raises UserError where the file system has no locks, BlockingIOError where it is taken."""
+@contextlib.contextmanager
+def _lock(folder, setting, busy=None):
+    """Create a folder and hold it for this process. Where another holds it: wait, or, given `busy`, raise that as UserError."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115 (closed by the `with` below)
     except OSError as error:
-        raise UserError(f"{folder}: its file system has no locks ({error.strerror}); choose another --{setting}") from error
+        raise UserError(f"{folder}: cannot write here ({error.strerror}); choose another --{setting}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if busy else fcntl.LOCK_EX)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: {busy}") from error
+        except OSError as error:
+            raise UserError(f"{folder}: its file system has no locks ({error.strerror}); choose another --{setting}") from error
+        yield
 
 
 def _cifar10(config, train):
@@ -1622,13 +1631,7 @@ def _cifar10(config, train):
 
     with contextlib.suppress(RuntimeError):
         return load()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / ".lock", "w")  # noqa: SIM115 (closed by the `with` below)
-    except OSError as error:
-        raise UserError(f"data_dir: cannot write to {root} ({error.strerror}); choose another --data_dir") from error
-    with lock:
-        _flock(lock, root, "data_dir")  # processes that start together download once
+    with _lock(root, "data_dir"):  # processes that start together download once
         with contextlib.suppress(RuntimeError):
             return load()  # another was first
         try:
@@ -1959,7 +1962,7 @@ def digest(tensors):
     """sha256 of the numbers in some tensors, as hexadecimal digits."""
     sha = hashlib.sha256()
     for tensor in tensors:
-        sha.update(tensor.detach().cpu().flatten().numpy())
+        sha.update(tensor.cpu().flatten().numpy())
     return sha.hexdigest()
 
 
@@ -2119,45 +2122,34 @@ def check_run_folder(config):
             not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir()))
     except OSError as error:
         raise UserError(f"{folder}: cannot look here ({error.strerror}); choose another --out_dir") from error
+    if occupied:
+        raise UserError(f"{folder}: exists and is not a run of this project; choose another --name")
+    if config.resume and not is_run:
+        raise UserError(f"{folder}: no run to resume; drop --resume to start one")
     if not is_run:
-        if occupied:
-            raise UserError(f"{folder}: exists and is not a run of this project; choose another --name")
-        if config.resume:
-            raise UserError(f"{folder}: no run to resume; drop --resume to start one")
         return folder
     values = read_yaml(stored)
     if not {"quantizer", "codebook_size", "name"} <= set(values):
         raise UserError(f"{folder}: its config.yaml is of no run of this project; choose another --name")
-    if not config.overwrite:
-        try:
-            old, new = identity(stored_config(values)), identity(config)
-        except UserError as error:
-            raise UserError(f"{folder}: its config.yaml is not valid here ({error}); "
-                            "choose another --name or add --overwrite") from error
-        changes = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
-        if changes:
-            raise UserError(f"{folder}: holds a run of another config ({', '.join(changes)}); "
-                            "give the old settings, choose another --name or add --overwrite")
+    if config.overwrite:
+        return folder
+    try:
+        old, new = identity(stored_config(values)), identity(config)
+    except UserError as error:
+        raise UserError(f"{folder}: its config.yaml is not valid here ({error}); "
+                        "choose another --name or add --overwrite") from error
+    changes = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+    if changes:
+        raise UserError(f"{folder}: holds a run of another config ({', '.join(changes)}); "
+                        "give the old settings, choose another --name or add --overwrite")
     return folder
 
 
-@contextlib.contextmanager
 def locked(folder):
-    """Create the run folder and hold it for this process (the first one). Raises UserError where it is taken."""
+    """Context in which the first process holds the run folder, made if it is not there. Raises UserError where it is taken."""
     if rank() != 0:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115 (closed by the `with` below)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write here ({error.strerror}); choose another --out_dir") from error
-    with file:
-        try:
-            _flock(file, folder, "out_dir", wait=False)
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another process is training this run; wait for it or choose another --name") from error
-        yield
+        return contextlib.nullcontext()
+    return _lock(folder, "out_dir", "another process is training this run; wait for it or choose another --name")
 
 
 def replace_run(folder, config, wandb_run, state):
@@ -2188,7 +2180,7 @@ def peer_of(quantizer):
 
 
 def check_quantizer(folder, record, quantizer):
-    """Raise UserError where a run's metrics or checkpoint are of another quantizer; its config need not tell."""
+    """Raise UserError where a run's metrics or checkpoint are of another quantizer, which its config does not name."""
     if record.get("peer") != peer_of(quantizer).get("peer"):
         raise UserError(f"{folder}: holds a run of another quantizer than this one; choose another --name or add --overwrite")
 
@@ -2228,7 +2220,7 @@ def reconstruction_picture(model, images, title, path, refine=0):
     from matplotlib.figure import Figure
     columns = min(8, len(images))
     gap = images.new_full((-len(images) % columns, *images.shape[1:]), 255)  # white, to fill the last rows
-    both = (torch.cat([some.cpu(), gap.cpu()]).split(columns) for some in (images, reconstructed(model, images, refine)))
+    both = (torch.cat([some, gap]).split(columns) for some in (images, reconstructed(model, images, refine)))
     rows = torch.cat([row for pair in zip(*both) for row in pair]).permute(0, 3, 1, 2)  # (2 N, 3, S, S)
     grid = torchvision.utils.make_grid(rows, nrow=columns, padding=2, pad_value=255)
     scale = max(1, 64 // images.shape[1])
@@ -2429,6 +2421,15 @@ def _deterministic(wanted):
         torch.set_deterministic_debug_mode(before)
 
 
+def check_wandb():
+    """Raise UserError where Weights & Biases cannot start."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb is not installed: pip install wandb, or drop --wandb")
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode not in ("online", "offline", "disabled", "shared", "run", "dryrun"):
+        raise UserError(f"WANDB_MODE: {mode!r} is no mode of wandb; set it to online, offline or disabled, or unset it")
+
+
 def start_wandb(config, folder):
     """The Weights & Biases run, resumed by id, or None. Offline without a login, or where no server answers within 20 s."""
     if not config.wandb or rank() != 0:
@@ -2477,11 +2478,8 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     """
     start_processes(config.device)
     folder = check_run_folder(config)
-    if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError("wandb is not installed: pip install wandb, or drop --wandb")
-    mode = os.environ.get("WANDB_MODE", "online")
-    if config.wandb and mode not in ("online", "offline", "disabled", "shared", "run", "dryrun"):
-        raise UserError(f"WANDB_MODE: {mode!r} is no mode of wandb; set it to online, offline or disabled, or unset it")
+    if config.wandb:
+        check_wandb()
     device, device_reason = pick_device(config.device)
     dtype, dtype_reason = pick_precision(config.precision, device)
     if config.batch_size % world_size():
@@ -2500,73 +2498,14 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
     train_set = train_set.to(device)
     if config.batch_size > len(train_set):
         raise UserError(f"batch_size: {config.batch_size} is more than the {len(train_set)} training images; lower it")
-    steps_per_epoch = len(train_set) // config.batch_size
-    total_steps = steps_per_epoch * config.epochs
-    assert config.warmup_fraction is not None  # Config settles it
-    warmup_steps = int(config.warmup_fraction * total_steps)
 
     if device.type == "cpu":
         keep_freed_memory()
     model = make_model(config, quantizer).to(device).to(memory_format=memory_format(device))
-    optimizer = make_optimizer(model, config.lr)
-    take_step = fastest_step(model)
-    if config.compile:
-        model.encoder.compile()
-        model.decoder.compile()
-
+    total_steps = len(train_set) // config.batch_size * config.epochs
     with locked(folder), _deterministic(config.deterministic):
         with _Signals() as signals:
-            step, losses, histogram, spent = restore(config, folder, model, optimizer, steps_per_epoch, images_digest)
-            wandb_run = start_wandb(config, folder)
-            per_process = config.batch_size // world_size()  # images of a step
-            set_progress = getattr(model.quantizer, "set_progress", lambda progress: None)
-            to_replace = config.overwrite
-
-            while step < total_steps:
-                epoch, start = divmod(step, steps_per_epoch)
-                order = epoch_order(len(train_set), config.seed, epoch).to(device)
-                began = time.perf_counter() - spent
-                model.train()
-                for i in tqdm(range(start, steps_per_epoch), desc=f"epoch {epoch + 1}/{config.epochs}", leave=False,
-                              disable=True if rank() else None):
-                    torch.manual_seed(config.seed * 1_000_003 + step)  # restarts do not depend on where a run resumed
-                    set_learning_rate(optimizer, learning_rate(step, total_steps, config.lr))
-                    set_progress(max(0, step - warmup_steps) / (total_steps - warmup_steps))
-                    first = i * config.batch_size + rank() * per_process
-                    x = to_float(train_set[order[first:first + per_process]])  # (B, 3, S, S)
-                    losses[i], indices = take_step(model, optimizer, x, dtype, quantize=step >= warmup_steps)
-                    if indices is not None:
-                        count_codes(histogram, model, indices)
-                    step += 1
-                    if step % 100 == 0:
-                        check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
-                    if signals.agreed(step):
-                        break
-
-                check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
-                spent = time.perf_counter() - began  # check_finite has waited for the device
-                record = None
-                if i + 1 == steps_per_epoch:
-                    record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
-                    timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": spent,
-                              "images_per_second": steps_per_epoch * config.batch_size / spent}
-                    losses.zero_()
-                    histogram.zero_()
-                    spent = 0.0
-                state = checkpoint_state(model, optimizer, config, step, losses, histogram, spent, images_digest)
-                if rank() == 0:
-                    if to_replace:  # not before: a first step or validation may fail, for want of memory say
-                        replace_run(folder, config, wandb_run, state)
-                    if record:
-                        log_epoch(folder, record, timing, wandb_run)
-                    save_checkpoint(folder, state)
-                to_replace = False
-                signum = signals.agreed(step, now=True)
-                if record and signum != signal.SIGHUP:  # after the checkpoint: where nobody reads it, the epoch is kept
-                    say(epoch_line(config, record, timing))
-                if signum:
-                    break
-
+            step, wandb_run = take_steps(config, folder, model, train_set, val_set, images_digest, dtype, signals)
         if signum := signals.agreed(step, now=True):  # also one received where no step was left to take
             again = "the same command without --overwrite" if config.overwrite else "the same command"
             raise Interrupted(f"stopped at step {step} of {total_steps}; {again} resumes", signum)
@@ -2577,6 +2516,69 @@ def train(config: Config, quantizer: nn.Module | None = None) -> dict:
             wandb_run.summary.update(metrics)
             wandb_run.finish()
         return metrics
+
+
+def take_steps(config, folder, model, train_set, val_set, images_digest, dtype, signals):
+    """Train from the newest checkpoint on, to the end or a signal: (steps taken in all, Weights & Biases run or None)."""
+    steps_per_epoch = len(train_set) // config.batch_size
+    total_steps = steps_per_epoch * config.epochs
+    warmup_steps = int(config.warmup_fraction * total_steps)
+    optimizer = make_optimizer(model, config.lr)
+    take_step = fastest_step(model)
+    if config.compile:
+        model.encoder.compile()
+        model.decoder.compile()
+    step, losses, histogram, spent = restore(config, folder, model, optimizer, steps_per_epoch, images_digest)
+    wandb_run = start_wandb(config, folder)
+    per_process = config.batch_size // world_size()  # images of a step
+    set_progress = getattr(model.quantizer, "set_progress", lambda progress: None)
+    to_replace = config.overwrite
+
+    while step < total_steps:
+        epoch, start = divmod(step, steps_per_epoch)
+        order = epoch_order(len(train_set), config.seed, epoch).to(train_set.device)
+        began = time.perf_counter() - spent
+        model.train()
+        for i in tqdm(range(start, steps_per_epoch), desc=f"epoch {epoch + 1}/{config.epochs}", leave=False,
+                      disable=True if rank() else None):
+            torch.manual_seed(config.seed * 1_000_003 + step)  # restarts do not depend on where a run resumed
+            set_learning_rate(optimizer, learning_rate(step, total_steps, config.lr))
+            set_progress(max(0, step - warmup_steps) / (total_steps - warmup_steps))
+            first = i * config.batch_size + rank() * per_process
+            x = to_float(train_set[order[first:first + per_process]])  # (B, 3, S, S)
+            losses[i], indices = take_step(model, optimizer, x, dtype, quantize=step >= warmup_steps)
+            if indices is not None:
+                count_codes(histogram, model, indices)
+            step += 1
+            if step % 100 == 0:
+                check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
+            if signals.agreed(step):
+                break
+
+        check_finite(losses[:i + 1], epoch * steps_per_epoch, model)
+        spent = time.perf_counter() - began  # check_finite has waited for the device
+        record = None
+        if i + 1 == steps_per_epoch:
+            record = epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype)
+            timing = {"epoch": epoch + 1, "seed": config.seed, "seconds": spent,
+                      "images_per_second": steps_per_epoch * config.batch_size / spent}
+            losses.zero_()
+            histogram.zero_()
+            spent = 0.0
+        state = checkpoint_state(model, optimizer, config, step, losses, histogram, spent, images_digest)
+        if rank() == 0:
+            if to_replace:  # not before: a first step or validation may fail, for want of memory say
+                replace_run(folder, config, wandb_run, state)
+            if record:
+                log_epoch(folder, record, timing, wandb_run)
+            save_checkpoint(folder, state)
+        to_replace = False
+        signum = signals.agreed(step, now=True)
+        if record and signum != signal.SIGHUP:  # after the checkpoint: where nobody reads it, the epoch is kept
+            say(epoch_line(config, record, timing))
+        if signum:
+            break
+    return step, wandb_run
 
 
 def restore(config, folder, model, optimizer, steps_per_epoch, images_digest):
@@ -2654,7 +2656,7 @@ def epoch_record(config, model, epoch, step, losses, histogram, val_set, dtype):
 def epoch_line(config, record, timing):
     """What is printed of an epoch."""
     split = "val" if "val_psnr" in record else "train"
-    quality = record["val_psnr"] if split == "val" else psnr(record["recon_loss"]).item()
+    quality = record.get("val_psnr", psnr(record["recon_loss"]).item())
     codes = "warm-up, no codes yet"
     if f"{split}_perplexity" in record:
         codes = f"perplexity {record[f'{split}_perplexity']:.1f}  usage {record[f'{split}_usage_rate']:.1%}"

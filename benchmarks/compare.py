@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import train  # before PyTorch: says how its threads wait
 
@@ -300,7 +300,7 @@ def rate_distortion_figure(path):
 
 def enlarge(axes, curves):
     """Show the K of the longest of some curves (K, [(lambda, rate, quality)]), each point with its lambda."""
-    size, longest = max(curves, key=lambda curve: len(curve[1]))
+    size, _ = max(curves, key=lambda curve: len(curve[1]))
     shown = [point for its_size, curve in curves if its_size == size for point in curve]
     for weight, rate, quality in shown:  # all to the right, where the curves fall away, but for the first
         axes.annotate(f"λ={weight:g}".replace("inf", "∞"), (rate, quality), fontsize=8, textcoords="offset points",

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import train  # before PyTorch: says how its threads wait
 
@@ -92,7 +92,6 @@ def parse(argv):
 def main(argv=None):
     sizes, config = parse(argv)
     images, _ = vqvae.training_images(config)
-    latents = (config.image_size // config.downsample) ** 2
 
     def batches():  # (n, 3, S, S)
         return (vqvae.to_float(part).double() for part in images.split(5000))
@@ -104,8 +103,8 @@ def main(argv=None):
         bits = math.log2(size)
         record = {"codebook_size": size}
         for name, variances, count, factor in (
-                ("shannon", whole, latents, shannon), ("best_codes", whole, latents, best_codes),
-                ("balanced_codes", whole, latents, balanced_codes), ("one_tile", tile, 1, shannon)):
+                ("shannon", whole, config.latents, shannon), ("best_codes", whole, config.latents, best_codes),
+                ("balanced_codes", whole, config.latents, balanced_codes), ("one_tile", tile, 1, shannon)):
             error, components = least_error(variances, count * bits, count, factor)
             record[name] = {"psnr": -10 * math.log10(error / len(variances)), "components_per_latent": components}
         records.append(record)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import train  # before PyTorch: says how its threads wait
 
@@ -27,14 +27,17 @@ from quantizer_step import table
 RESULTS = ROOT / "results" / "latent_directions.json"
 
 
-def directions(z, count=8, quantiles=60):
+COUNT = 8  # principal directions that are shown
+
+
+def directions(z, quantiles=60):
     """(shares of the variance, shares of each that are a function of the first direction), lists, of latents z (N, D)."""
     variances, basis = torch.linalg.eigh(torch.cov(z.T).view(z.shape[1], -1))  # rising
-    y = (z - z.mean(0)) @ basis.flip(1)[:, :count]  # (N, count)
+    y = (z - z.mean(0)) @ basis.flip(1)[:, :COUNT]  # (N, COUNT)
     bins = y[:, 0].argsort().argsort() * quantiles // len(y)  # (N,)
     means = torch.zeros(quantiles, y.shape[1]).index_add_(0, bins, y) / torch.bincount(bins, minlength=quantiles)[:, None]
     told = means[bins].square().mean(0) / y.square().mean(0)
-    return (variances.flip(0)[:count] / variances.sum()).tolist(), told.tolist()
+    return (variances.flip(0)[:COUNT] / variances.sum()).tolist(), told.tolist()
 
 
 def describe(path):
@@ -53,7 +56,7 @@ def main(argv=None):
     records = [describe(run) for run in parser.parse_args(argv).runs]
     vqvae.write_json(RESULTS, records)
     print("share of the variance, of that a function of direction 1\n")
-    print(table(["run", "live", *(f"direction {i}" for i in range(1, 9))],
+    print(table(["run", "live", *(f"direction {i}" for i in range(1, COUNT + 1))],
                 [[r["run"], r["live_directions"], *(f"{v:.2%}, {t:.0%}" for v, t in zip(r["variance"], r["of_the_first"]))]
                  for r in records]))
 

@@ -49,7 +49,7 @@ def library():
 
 def ema(config, **options):
     """VectorQuantize: EMA codebook, k-means start, dead-code expiry; more options override."""
-    vectors_per_code = config.batch_size * (config.image_size // config.downsample) ** 2 / config.codebook_size
+    vectors_per_code = config.batch_size * config.latents / config.codebook_size
     options = {"decay": config.ema_decay, "kmeans_init": True, "commitment_weight": config.commitment_weight,
                "threshold_ema_dead_code": 0.1 * vectors_per_code, "rotation_trick": False, **options}
     return FromLibrary(library().VectorQuantize(config.latent_dim, config.codebook_size, accept_image_fmap=True, **options))

@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import train  # before PyTorch: says how its threads wait
 
@@ -163,8 +163,7 @@ def price(run, weights, passes, seed):
         record = {"run": config.name, "config": config.to_dict(), "unquantized_psnr": plain, "live_directions": d,
                   "theory_distortion": balanced_to_best(d), "error_growth": error_growth(model, val_images), "fits": {},
                   "gaussian": {}}
-        per_image = (config.image_size // config.downsample) ** 2
-        fresh = dict(ema_decay=None, batch_size=max(1, BATCH // per_image))  # the decay for steps of BATCH latents
+        fresh = dict(ema_decay=None, batch_size=max(1, BATCH // config.latents))  # the decay for steps of BATCH latents
         settings = {"VQ-EMA": dict(quantizer="vq_ema", vq_recipe="tuned"),
                     **{f"BA-VQ λ={w:g}".replace("inf", "∞"): dict(quantizer="ba_vq", entropy_weight=w) for w in weights}}
         torch.manual_seed(seed)

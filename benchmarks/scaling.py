@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import train  # before PyTorch: says how its threads wait
 
@@ -126,7 +126,7 @@ def crossover():
     path = RESULTS / "quantizer_step_fused_cuda.json"
     if not path.exists():
         return "Not measured: needs a GPU (`python benchmarks/quantizer_step.py --fused`)."
-    stored = json.loads(path.read_text())
+    stored = vqvae.read_json(path)
     gains = {}  # {(D, N): {K: how many times faster}}
     for r in stored["records"]:
         gains.setdefault((r["D"], r["N"]), {})[r["K"]] = r["seconds"]["ba_vq_chunked"] / r["seconds"]["ba_vq_fused"]

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import train  # before PyTorch: says how its threads wait
 
@@ -39,9 +39,10 @@ from quantizer_step import RESULTS, floor_seconds, machine_rates, rates_line, se
 class OneHotEMA(torch.nn.Module):
     """VQ-VAE's EMA quantizer as it is usually written (van den Oord 2017, appendix A.1)."""
 
-    def __init__(self, codebook_size, dim, decay=0.99, commitment_weight=0.25):
+    decay, commitment_weight = 0.99, 0.25
+
+    def __init__(self, codebook_size, dim):
         super().__init__()
-        self.decay, self.commitment_weight = decay, commitment_weight
         self.register_buffer("codebook", torch.randn(codebook_size, dim))
         self.register_buffer("counts", torch.zeros(codebook_size))
         self.register_buffer("sums", self.codebook.clone())
@@ -150,7 +151,7 @@ def step_floor(config, device):
     moved = 2 * sum(kept.values()) + 8 * parameters
     network, exact = machine_rates(device, dtype), machine_rates(device)
     flops = counter.get_total_flops()
-    n = config.batch_size * (side // config.downsample) ** 2
+    n = config.batch_size * config.latents
     least = {"network": max(flops / network["flops_per_second"], moved / network["copy_bytes_per_second"]),
              "quantizer": floor_seconds(n, config.codebook_size, config.latent_dim, exact)}
     return {"network_flops": flops, "network_bytes": moved, "precision": str(dtype)[6:], "network_rates": network,
