@@ -25,8 +25,6 @@ import vqvae
 from quantizer_step import table
 
 RESULTS = ROOT / "results" / "latent_directions.json"
-
-
 COUNT = 8  # principal directions that are shown
 
 

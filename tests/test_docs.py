@@ -70,6 +70,24 @@ def test_figures_of_every_kind(tiny_config, tmp_path):
     assert "-" in analysis.table(records).splitlines()[1].split()  # the SSIM that is absent
 
 
+def test_training_curves_say_which_images_they_are_of(tmp_path):
+    sample = ROOT / "results" / "sample" / "ba_vq_k32_s0"
+    lines = [json.loads(line) for line in (sample / "metrics.jsonl").read_text().splitlines()]
+    for split, kept in (("val", lines), ("train", [{k: v for k, v in line.items() if k[:4] != "val_"} for line in lines])):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "final_metrics.json").write_text((sample / "final_metrics.json").read_text())
+        (tmp_path / split / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    left, right = analysis.training_curves([tmp_path / "val", tmp_path / "train"]).axes
+    for axes, of_val, of_train in ((left, "val_psnr", None), (right, "val_perplexity", "train_perplexity")):
+        val, train = axes.get_lines()
+        assert (val.get_label(), train.get_label()) == ("val", "train (training images)")
+        assert "validation unless noted" in axes.get_ylabel()
+        share = 1 if axes is left else 32
+        assert list(val.get_ydata()) == [line[of_val] / share for line in lines]
+        assert list(train.get_ydata()) == [line[of_train] / share if of_train else vqvae.psnr(line["recon_loss"]).item()
+                                           for line in lines]
+
+
 @pytest.mark.parametrize("name", ["short", "vq_ema_classical_k16384_d8_h64_e10_s0"])
 def test_the_legend_fits_the_figure(tiny_config, name):
     records = [made_up(tiny_config(name=name + suffix)) for suffix in ("a", "b")]
