@@ -2194,7 +2194,7 @@ def checkpoint_state(model, optimizer, config, step, losses, histogram, seconds,
     """What a checkpoint after `step` steps holds.
 
     Losses (steps of an epoch, 2) and histogram of the unfinished epoch are those of all processes; seconds: spent in it so far;
-    images_digest: of those that are trained on.
+    images_digest: of those that are trained and validated on.
     """
     losses, histogram = all_reduce(losses.clone()) / world_size(), all_reduce(histogram.clone())
     return {**model_state(model, config), "optimizer": optimizer.state_dict(), "step": step, "losses": losses,
