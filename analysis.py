@@ -38,7 +38,7 @@ DIFFERENCES = [("psnr", "PSNR dB", "{:+.3f}"), ("ssim", "SSIM", "{:+.4f}"), ("pe
 
 
 def load_runs(folders):
-    """The final_metrics.json of each run folder, with method and name: its path where two have one name. Raises UserError."""
+    """The final_metrics.json of each run folder, with folder, method and name: the path where two have one. Raises UserError."""
     records, folders = [], list(map(Path, folders))
     names = collections.Counter(folder.name for folder in folders)
     for folder in folders:
@@ -50,7 +50,7 @@ def load_runs(folders):
             name = folder.name if names[folder.name] == 1 else str(folder)
             figures = {key: float(record[key]) for key in ("psnr", "perplexity", "usage_rate", "bits_per_index")}
             figures["perplexity_share"] = figures["perplexity"] / config.codebook_size
-            record = {"name": name, "method": record.get("peer") or method(config), **record, **figures}
+            record = {"name": name, "folder": str(folder), "method": record.get("peer") or method(config), **record, **figures}
         except (KeyError, TypeError, ValueError, vqvae.UserError) as error:
             raise vqvae.UserError(f"{path}: no finished run of this version ({error}); move it away") from error
         records.append(record)
@@ -62,24 +62,24 @@ def find_runs(out_dir):
     return sorted(path.parent for path in Path(out_dir).glob("*/final_metrics.json"))
 
 
-def without_peers(folders):
-    """Run folders less those of quantizers of benchmarks/peers.py, whose models are not loaded again; says which."""
-    folders = list(map(Path, folders))
-    peers = [folder for folder, record in zip(folders, load_runs(folders)) if "peer" in record]
+def without_peers(records):
+    """Records less those of quantizers of benchmarks/peers.py, whose models are not loaded again; says which."""
+    peers = [record["name"] for record in records if "peer" in record]
     if peers:
-        print(f"left out, quantizers of benchmarks/peers.py: {', '.join(folder.name for folder in peers)}")
-    return [folder for folder in folders if folder not in peers]
+        print(f"left out, quantizers of benchmarks/peers.py: {', '.join(peers)}")
+    return [record for record in records if "peer" not in record]
 
 
-def one_seed(folders):
-    """Of the runs that differ in nothing but the seed, the first folder; quantizers in turn, so that a few show each."""
-    first, turns = {}, collections.Counter()
-    for folder, record in zip(folders, load_runs(folders)):
-        key, quantizer = _key(record, "seed"), record["config"]["quantizer"]
-        if key not in first:
-            first[key] = (turns[quantizer], folder)
-            turns[quantizer] += 1
-    return [folder for _, folder in sorted(first.values(), key=lambda item: item[0])]
+def one_seed(records):
+    """Of the runs that differ in nothing but the seed, the first; quantizers in turn, so that a few show each."""
+    first = [same[0] for same in _groups(records, lambda record: _key(record, "seed"))]
+    turns = collections.Counter()
+
+    def turn(record):
+        turns[record["config"]["quantizer"]] += 1
+        return turns[record["config"]["quantizer"]]
+
+    return sorted(first, key=turn)
 
 
 def method(config):
@@ -240,15 +240,15 @@ def _at_least_a_decibel(axes):
     axes.set_ylim(low - slack, high + slack)
 
 
-def training_curves(folders):
+def training_curves(records):
     """Figure: PSNR and share of the codebook in use, by epoch; of the validation images, or without them of training."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    records = load_runs(folders)
     styles = looks(records, _name)
-    for folder, record in zip(folders, records):
+    for record in records:
+        folder = Path(record["folder"])
         try:
-            lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             lines = [line for line in lines if "train_perplexity" in line]  # without epochs of warm-up
             split = "val" if "val_psnr" in lines[-1] else "train"
             epochs = [line["epoch"] for line in lines]
@@ -269,15 +269,14 @@ def training_curves(folders):
     return _finish(figure)
 
 
-def open_runs(folders):
+def open_runs(records):
     """(records, models, code histograms, test images) of runs, but for peers, with the test images of the first that are there.
 
     Raises UserError where none are.
     """
-    records, models, histograms = [], [], []
+    opened, models, histograms = [], [], []
     data, images, gone = None, None, []
-    folders = without_peers(folders)
-    for folder, record in zip(folders, load_runs(folders)):
+    for record in without_peers(records):
         own = [identity(record).get(key) for key in ("dataset", "data_dir", "image_size", "test_subset")]
         config = vqvae.Config.from_dict(record["config"])
         if data is None and own not in gone:
@@ -292,13 +291,13 @@ def open_runs(folders):
         if own != data:
             print(f"left out, other test images: {record['name']}")
             continue
-        model, _ = vqvae.load_model(folder)
-        records.append(record)
+        model, _ = vqvae.load_model(record["folder"])
+        opened.append(record)
         models.append(model)
         histograms.append(vqvae.code_histogram(model, images, config.codebook_size))
-    if not records:
+    if not opened:
         raise vqvae.UserError("the test images of none of these runs are there; bring them back to where they were trained with")
-    return records, models, histograms, images
+    return opened, models, histograms, images
 
 
 def usage_histograms(records, histograms):
@@ -345,8 +344,13 @@ def reconstruction_grid(records, models, images, indices=range(10)):
 
 def _curves(records, varied):
     """Curves over one setting: lists of points, each the records that differ in seed only, two points at least."""
+    def key(record):
+        config = vqvae.Config.from_dict(record["config"])
+        follows = config.ema_decay == vqvae.default_ema_decay(config)  # the default decay follows K
+        return _key(record, "seed", varied, *(["ema_decay"] if follows else []))
+
     curves = []
-    for group in _groups(records, lambda record: _key(record, "seed", "ema_decay", varied)):  # the decay follows K
+    for group in _groups(records, key):
         group.sort(key=lambda record: _sort_value(record, varied))
         points = _groups(group, lambda record: record["config"][varied])
         if len(points) > 1:
@@ -402,8 +406,9 @@ def rate_distortion(records):
 
 def latents_of(model, images):
     """Latents (N, D) of images, on the unit sphere where the quantizer is; with prediction those of the half coded without it."""
+    batches = images.split(vqvae.evaluation_batch(images.shape[1], images.device))
     with torch.no_grad():
-        z = torch.cat([model.latents(vqvae.to_float(some)) for some in images.split(500)]).permute(0, 2, 3, 1)  # (B, H, W, D)
+        z = torch.cat([model.latents(vqvae.to_float(some)) for some in batches]).permute(0, 2, 3, 1)  # (B, H, W, D)
     if isinstance(model.quantizer, vqvae.PredictiveQuantizer):
         z, _ = vqvae.split_halves(z)  # (B, n, D)
     return z.flatten(0, -2)
@@ -513,14 +518,13 @@ def main(argv=None):
     unfinished = [path.name for path in given if path.is_dir() and path not in finished]
     if unfinished:
         print(f"left out, no finished run: {', '.join(unfinished)}")
-    folders = without_peers(finished)
-    records = load_runs(folders)
+    records = without_peers(load_runs(finished))
     if not records:
         raise vqvae.UserError("none of these is a finished run; give folders with a final_metrics.json, as experiments/NAME")
     print(table(records, options.sort_by))
     if len({record["config"]["seed"] for record in records}) > 1:
         print(f"\n{over_seeds(records)}")
-    out_dir, few = folders[0].parent, one_seed(folders)[:8]
+    out_dir, few = Path(records[0]["folder"]).parent, one_seed(records)[:8]
     vqvae.check_writable(out_dir / "summary.png")  # before the models are measured
     shown, _, histograms, _ = open_runs(few)
     figures = {"summary": size_picture(records), "training": training_curves(few), "usage": usage_histograms(shown, histograms)}

@@ -7,8 +7,9 @@
     python run_gpu_experiments.py --print_commands       # one line per run, for a scheduler
 
 Runs finished with the same config are skipped; a failing one does not stop the others. Logs are in
-OUT_DIR/NAME.log, the summary in OUT_DIR/gpu_run_summary.json and OUT_DIR/summary.png; OUT_DIR/.overwrite says which
-runs --overwrite has not reached, for the next call.
+OUT_DIR/NAME.log, the summary of all runs of the table that are finished there, also by earlier calls, in
+OUT_DIR/gpu_run_summary.json and OUT_DIR/summary.png; OUT_DIR/.overwrite says which runs --overwrite has not reached,
+for the next call.
 Exit codes: 0 all runs finished, 1 some failed, 2 bad input, 130 Ctrl-C, SIGTERM or a closed terminal, 141 nobody
 reads the output (runs save where they are; the same command continues).
 """
@@ -24,7 +25,11 @@ import threading
 import time
 from pathlib import Path
 
-import analysis
+import analysis  # before PyTorch: train.py, which it imports first, says how its threads wait
+
+# isort: split
+import torch
+
 import train
 import vqvae
 
@@ -53,7 +58,7 @@ class Sweep:
 
     def __init__(self, slots, timeout):
         self.slots, self.timeout = queue.Queue(), timeout
-        self.threads = str(max(1, (os.cpu_count() or 1) // len(slots)))  # more at once slow each other down
+        self.threads = str(max(1, torch.get_num_threads() // len(slots)))  # more at once slow each other down
         for slot in slots:
             self.slots.put(slot)
         self.processes, self.stopped, self.lock = set(), threading.Event(), threading.Lock()
@@ -148,7 +153,7 @@ def main(argv=None):
     configs = {name: train.config_from(flags)[0] for name, flags in runs.items()}  # all flags checked before any run
     if options.print_commands:
         for flags in runs.values():
-            print(shlex.join(["python", "train.py", *flags]))
+            print(shlex.join(["python", str(SCRIPTS / "train.py"), *flags]))
         return 0
     for name, config in configs.items():
         print(f"{name:23s} {config.quantizer:7s} K={config.codebook_size:<5d} {config.metric:7s} {config.epochs} epochs")
@@ -187,8 +192,8 @@ def main(argv=None):
             sweep.stop()
             raise
 
-    finished = [name for name in runs if status[name] == "finished"]
-    records = analysis.load_runs([out_dir / name for name in finished])
+    finished = [out_dir / run[0] for run in RUNS if status.get(run[0], "finished") == "finished"]
+    records = analysis.load_runs([folder for folder in finished if (folder / "final_metrics.json").exists()])
     summary = out_dir / "gpu_run_summary.json"
     if records or not summary.exists():  # else an earlier one has more to say
         vqvae.write_json(summary, {

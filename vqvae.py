@@ -330,6 +330,21 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+@contextlib.contextmanager
+def float32_convolutions():
+    """Context in which CUDA's convolutions do not round to TF32, whatever the caller's settings say."""
+    cudnn = torch.backends.cudnn
+    if not hasattr(cudnn, "conv"):  # before PyTorch 2.9
+        with cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+        return
+    before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision = before
+
+
 def all_reduce(tensor):
     """Sum over all processes, in place; nothing to do in a single one."""
     if dist.is_initialized():
@@ -1322,7 +1337,7 @@ class PredictiveQuantizer(Float32Module):
         known = F.pad(codes, (0, 1), value=1.0)  # (B, n, D + 1): the 1 tells codes from what is unknown or outside
         unknown = known.new_zeros(len(codes), size[0] * size[1] - codes.shape[1], self.dim + 1)
         grid = join_halves(known, unknown, size).permute(0, 3, 1, 2)  # (B, D + 1, H, W)
-        with torch.autocast(codes.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.autocast(codes.device.type, enabled=False), float32_convolutions():
             output = split_halves(self.predictor(grid).permute(0, 2, 3, 1))[1]  # (B, m, D), scaled (B, m, D + 1)
         mean = output[..., :self.dim]
         if not self.scaled:
@@ -1941,7 +1956,7 @@ def eval_mode(model):
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with float32_convolutions():
             yield
     finally:
         for module, mode in modes:  # one by one: some may be frozen
@@ -2463,7 +2478,7 @@ def start_processes(device: str = "auto"):
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         try:
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # the first process may be downloading
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # a bad variable; no connection
             raise UserError(f"RANK is set, as for one of several processes, but: {error}; use torchrun or unset it") from error
 
 

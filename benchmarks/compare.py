@@ -346,7 +346,7 @@ def main(argv=None):
                       *((config.name, method, config.to_dict()) for method, config in planned)])
         RESULTS.mkdir(parents=True, exist_ok=True)
         vqvae.check_writable(RESULTS / "run.json")
-        threads = max(1, (os.cpu_count() or 1) // options.jobs)
+        threads = max(1, torch.get_num_threads() // options.jobs)
         with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
             waiting, running, done = list(reversed(cells)), set(), 0
             while waiting or running:  # no more are submitted than run, so that after Ctrl-C or a failure no other begins

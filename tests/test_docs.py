@@ -52,11 +52,10 @@ def test_figures_of_every_kind(tiny_config, tmp_path):
     vqvae.train(tiny_config(name="ba", **small))
     vqvae.train(tiny_config(name="ba_cosine", metric="cosine", latent_dim=2, **small))
     vqvae.train(tiny_config(name="ba_lambda0_k8", entropy_weight=0.0, codebook_size=8, latent_dim=1, **small))
-    folders = analysis.find_runs(tiny_config().out_dir)
-    records, models, histograms, images = analysis.open_runs(folders)
+    records, models, histograms, images = analysis.open_runs(analysis.load_runs(analysis.find_runs(tiny_config().out_dir)))
     assert [record["name"] for record in records] == ["ba", "ba_cosine", "ba_lambda0_k8", "ema"] and len(images) == 40
     assert [histogram.shape[1] for histogram in histograms] == [64, 16, 32, 16]
-    figures = [analysis.training_curves(folders), analysis.usage_histograms(records, histograms),
+    figures = [analysis.training_curves(records), analysis.usage_histograms(records, histograms),
                analysis.reconstruction_grid(records, models, images, [0, 3, 99]), analysis.rate_distortion(records),
                analysis.codes_and_latents(records, models, images), analysis.cell_sizes(records, models, images),
                analysis.size_picture(records)]
@@ -77,7 +76,7 @@ def test_training_curves_say_which_images_they_are_of(tmp_path):
         (tmp_path / split).mkdir()
         (tmp_path / split / "final_metrics.json").write_text((sample / "final_metrics.json").read_text())
         (tmp_path / split / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-    left, right = analysis.training_curves([tmp_path / "val", tmp_path / "train"]).axes
+    left, right = analysis.training_curves(analysis.load_runs([tmp_path / "val", tmp_path / "train"])).axes
     for axes, of_val, of_train in ((left, "val_psnr", None), (right, "val_perplexity", "train_perplexity")):
         val, train = axes.get_lines()
         assert (val.get_label(), train.get_label()) == ("val", "train (training images)")
@@ -108,7 +107,7 @@ def test_runs_on_other_images_are_left_out(tiny_config, capsys):
     for name, size in (("a", 16), ("b", 8), ("c", 16)):
         vqvae.train(tiny_config(name=name, image_size=size, epochs=1))
     (vqvae.Path(tiny_config().out_dir) / "b" / "final_model.pt").unlink()  # nor looked at
-    records, models, _, images = analysis.open_runs(analysis.find_runs(tiny_config().out_dir))
+    records, models, _, images = analysis.open_runs(analysis.load_runs(analysis.find_runs(tiny_config().out_dir)))
     assert [record["name"] for record in records] == ["a", "c"] and len(models) == 2 and images.shape[1] == 16
     assert "left out, other test images: b" in capsys.readouterr().out
 
@@ -124,12 +123,20 @@ def test_runs_whose_images_are_gone_are_left_out(tiny_config, capsys, monkeypatc
         return real(config)
 
     monkeypatch.setattr(vqvae, "test_images", test_images)
-    folders = analysis.find_runs(tiny_config().out_dir)
-    assert [record["name"] for record in analysis.open_runs(folders)[0]] == ["b"]
+    records = analysis.load_runs(analysis.find_runs(tiny_config().out_dir))
+    assert [record["name"] for record in analysis.open_runs(records)[0]] == ["b"]
     out = capsys.readouterr().out
     assert "no test images: data_dir: nowhere" in out and "left out, no test images: a" in out
     with pytest.raises(vqvae.UserError, match="the test images of none of these runs are there"):
-        analysis.open_runs(folders[:1])
+        analysis.open_runs(records[:1])
+
+
+def test_latents_are_made_of_as_many_images_as_fit(tiny_config, monkeypatch):
+    model, images = vqvae.make_model(tiny_config()).eval(), vqvae.test_images(tiny_config())
+    whole, seen = analysis.latents_of(model, images), []
+    model.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    monkeypatch.setattr(vqvae, "evaluation_batch", lambda side, device: 15)
+    assert torch.allclose(analysis.latents_of(model, images), whole, atol=1e-5) and seen == [15, 15, 10]
 
 
 def made_up(config, **metrics):
@@ -154,7 +161,7 @@ def test_a_few_runs_show_each_quantizer(tiny_config):
         (folder / str(i)).mkdir(parents=True)
         record = made_up(tiny_config(name=str(i), quantizer=quantizer, lr=lr, seed=seed))
         (folder / str(i) / "final_metrics.json").write_text(json.dumps(record))
-    assert [path.name for path in analysis.one_seed(analysis.find_runs(folder))] == ["0", "3", "2"]
+    assert [record["name"] for record in analysis.one_seed(analysis.load_runs(analysis.find_runs(folder)))] == ["0", "3", "2"]
 
 
 def test_images_are_told_apart_where_runs_differ_in_them(tiny_config):

@@ -294,12 +294,43 @@ def test_a_run_from_training_to_pictures(tiny_config, quantizer, prediction):
         x = vqvae.to_float(images)
         assert torch.allclose(model.decode(model.encode(x)), model(x).images.clamp(0, 1), atol=1e-5)
         assert vqvae.evaluate(model, images, 16, refine=1)["psnr"] != metrics["psnr"]
-    records, models, histograms, images = analysis.open_runs([folder])
+    records, models, histograms, images = analysis.open_runs(analysis.load_runs([folder]))
     assert histograms[0].shape == (2, 16) and records[0]["method"].endswith("scaled" if prediction == "scaled" else "predictive")
     for figure in (analysis.usage_histograms(records, histograms), analysis.codes_and_latents(records, models, images),
                    analysis.cell_sizes(records, models, images)):
         vqvae.write_figure(folder / "figure.png", figure)
     assert len(analysis.latents_of(models[0], images)) == len(images) * 4 * 4 / 2
+
+
+@pytest.fixture
+def precision_settings():
+    """The places of PyTorch's fp32_precision for convolutions, from the general one to theirs; as before afterwards."""
+    if not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("before PyTorch 2.9 there is no fp32_precision")
+    places = torch.backends, torch.backends.cudnn, torch.backends.cudnn.conv
+    before = [place.fp32_precision for place in places]
+    yield places
+    for place, precision in zip(places, before):
+        place.fp32_precision = precision
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_the_callers_precision_of_convolutions_is_kept_and_not_used(precision_settings, monkeypatch, place, precision):
+    """Where it is set by fp32_precision PyTorch refuses to read or write the older allow_tf32."""
+    quantizer, z = trained(scaled=True)
+    precision_settings[place].fp32_precision = precision
+    seen = []
+    quantizer.predictor.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision))
+    for flag in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", flag)
+        before = torch.backends.cudnn.conv.fp32_precision
+        quantizer(z)
+        with vqvae.eval_mode(quantizer):
+            quantizer(z)
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert set(seen) == {"ieee"}
+        assert torch.backends.cudnn.benchmark == flag and torch.backends.cudnn.conv.fp32_precision == before
 
 
 def test_a_checkpoint_from_before_it_existed(tiny_config):

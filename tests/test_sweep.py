@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 import analysis
@@ -59,7 +60,7 @@ def test_dry_run_and_print_commands_write_nothing(script, tmp_path):
     configs = []
     for line in out.splitlines():  # each is a whole command, for a line of a job array
         python, train_py, *flags = shlex.split(line)
-        assert (python, train_py) == ("python", "train.py")
+        assert (python, train_py) == ("python", str(ROOT / "train.py"))  # from any folder
         configs.append(train.config_from(flags)[0])
     assert [c.name for c in configs] == [run[0] for run in run_gpu_experiments.RUNS]
     assert all((c.seed, c.epochs, c.batch_size) == (4, 3, 256) for c in configs)
@@ -97,6 +98,10 @@ def test_the_sweep_runs_skips_what_is_done_and_summarises(script, tmp_path):
     assert code == 1 and "failed: gpu_vq_ema_k256_cosine, gpu_ba_vq_k256_cosine" in err
     assert "another config (lr 0.003 -> 0.001)" in (folder / "gpu_ba_vq_k256_cosine.log").read_text()
     kept = (folder / "gpu_run_summary.json").read_text()
+    # A part of the runs does not drop the others.
+    assert script("run_gpu_experiments.py", "--only", "ba_vq_k256_cosine", *words[2:])[0] == 0
+    part = json.loads((folder / "gpu_run_summary.json").read_text())
+    assert part == {**summary, "seconds": part["seconds"], "status": {"gpu_ba_vq_k256_cosine": "finished"}}
     assert json.loads(kept) == {**summary, "seconds": json.loads(kept)["seconds"]}  # not emptied
     # The user's own loop over the results.
     loop = ('for exp in experiments/*/final_metrics.json; do\n  echo "$(dirname $exp):"\n  python -c "import json; '
@@ -147,7 +152,7 @@ def test_jobs_are_packed_onto_the_gpus(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text("import os, time\nprint(os.environ['CUDA_VISIBLE_DEVICES'], time.time(), flush=True)\n"
                                        "time.sleep(0.5)\nprint(time.time(), os.environ['OMP_NUM_THREADS'])\n")
     monkeypatch.setattr(run_gpu_experiments, "SCRIPTS", tmp_path)
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)  # fewer than the machine has, where some are not this process's
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     sweep = run_gpu_experiments.Sweep(["0", "1"] * 2, None)
     with ThreadPoolExecutor(8) as pool:
@@ -409,7 +414,9 @@ def test_comparison_table(tiny_config, capsys):
     assert all((folder / f"{name}.png").stat().st_size > 5000 for name in ("summary", "training", "usage"))
     shutil.copytree(folder / "ba_vq", folder / "again" / "ba_vq")  # two of one name are two lines in a picture
     same = [folder / "ba_vq", folder / "again" / "ba_vq"]
-    assert [r["name"] for r in analysis.load_runs([*same, folder / "vq_ema"])] == [*map(str, same), "vq_ema"]
+    doubled = analysis.load_runs([*same, folder / "vq_ema"])
+    assert [r["name"] for r in doubled] == [*map(str, same), "vq_ema"]
+    assert [text.get_text() for text in analysis.training_curves(doubled[:2]).legends[0].get_texts()] == list(map(str, same))
     with pytest.raises(vqvae.UserError, match="no such folder: nowhere"):
         analysis.main([str(folder / "vq_ema"), "nowhere"])
     with pytest.raises(vqvae.UserError, match="sort_by"):
@@ -450,6 +457,16 @@ def test_a_run_given_twice_is_one_and_a_peer_is_no_vq_ema(tiny_config, monkeypat
 def test_comparison_of_nothing(words, capsys):
     assert vqvae.run_command(lambda: analysis.main(words)) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_line_over_K_joins_default_decays_and_seeds_but_averages_nothing_else(tiny_config):
+    def record(size, seed=0, **changes):
+        return {"config": tiny_config(codebook_size=size, seed=seed, **changes).to_dict()}
+
+    decays = [record(size)["config"]["ema_decay"] for size in (16, 256)]
+    assert decays[0] < decays[1]
+    records = [record(16), record(16, seed=1), record(16, ema_decay=0.99), record(256)]
+    assert analysis._curves(records, "codebook_size") == [[records[:2], records[3:]]]
 
 
 def test_runs_are_compared_only_under_equal_settings(tiny_config):

@@ -624,6 +624,16 @@ def test_half_of_what_torchrun_sets_is_named(monkeypatch):
     assert not vqvae.dist.is_initialized()
 
 
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        with pytest.raises(vqvae.UserError, match="in use.*use torchrun or unset it"):
+            vqvae.start_processes("cpu")
+    assert not vqvae.dist.is_initialized()
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
