@@ -7,6 +7,7 @@ The pictures go beside the first run folder: summary.png (PSNR and use over K), 
 """
 
 import collections
+import itertools
 import json
 import math
 import os
@@ -73,13 +74,8 @@ def without_peers(records):
 def one_seed(records):
     """Of the runs that differ in nothing but the seed, the first; quantizers in turn, so that a few show each."""
     first = [same[0] for same in _groups(records, lambda record: _key(record, "seed"))]
-    turns = collections.Counter()
-
-    def turn(record):
-        turns[record["config"]["quantizer"]] += 1
-        return turns[record["config"]["quantizer"]]
-
-    return sorted(first, key=turn)
+    turns = itertools.zip_longest(*_groups(first, lambda record: record["config"]["quantizer"]))
+    return [record for turn in turns for record in turn if record]
 
 
 def method(config):

@@ -195,11 +195,12 @@ def main(argv=None):
     finished = [out_dir / run[0] for run in RUNS if status.get(run[0], "finished") == "finished"]
     records = analysis.load_runs([folder for folder in finished if (folder / "final_metrics.json").exists()])
     summary = out_dir / "gpu_run_summary.json"
-    if records or not summary.exists():  # else an earlier one has more to say
+    anew = "finished" in status.values()  # else an earlier summary has more to say
+    if anew or not summary.exists():
         vqvae.write_json(summary, {
             "seconds": round(time.time() - began, 1), "status": {name: status[name] for name in runs},
             "runs": {record["name"]: record for record in records}, "differences": analysis.differences(records)})
-    if records:
+    if anew:
         print(analysis.table(records))
         vqvae.write_figure(out_dir / "summary.png", analysis.size_picture(records))
     failed = [name for name in runs if status[name] != "finished"]

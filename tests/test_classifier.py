@@ -42,35 +42,42 @@ def test_images_are_shifted_by_a_few_pixels_and_mirrored_one_by_one():
 def test_it_takes_the_place_of_inception(tmp_path, capsys):
     """Written by the script, read by eval_cifar.py, at the size that clean-fid resizes to."""
     images, labels = stripes(256)
+    labels[:3] = labels[-3:] = 1  # of neither end a copy
     data = tmp_path / "data"
     data.mkdir()
     path = tmp_path / "classifier.pt"
+    real, seen = (classifier.fit, classifier.accuracy), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vqvae, "training_images", lambda config: (images[:192], images[192:]))
+        patch.setattr(vqvae, "training_images", lambda config: (images[:160], images[192:]))  # a subset, and the last
         patch.setattr(classifier, "labels_of", lambda config: labels)
+        patch.setattr(classifier, "fit", lambda *given: seen.append(given[:2]) or real[0](*given))
+        patch.setattr(classifier, "accuracy", lambda *given: seen.append(given[1:]) or real[1](*given))
         assert not vqvae.run_command(lambda: classifier.main(["--output", str(path), "--epochs", "2", "--data_dir", str(data)]))
     out = capsys.readouterr().out
-    assert "accuracy on 64 validation images: " in out and out.endswith(f"written: {path}\n")
+    for (some, its), part in zip(seen, (slice(160), slice(192, None))):
+        assert torch.equal(some, images[part]) and torch.equal(its, labels[part])
+    assert len(seen) == 2 and "accuracy on 64 validation images: " in out and out.endswith(f"written: {path}\n")
     inception = eval_cifar.Inception(path, "clean", torch.device("cpu"))
-    features, probabilities = inception(images[:8])
+    leaves = vqvae.dead_leaves(range(8), 32, 0)
+    features, probabilities = inception(leaves)
     assert features.shape == (8, 512) and probabilities.shape == (8, 2)
-    with torch.no_grad():  # enlarged and reduced again they are nearly the images
-        seen = torch.softmax(inception.network(classifier.to_input(images[:8])), 1)
-    assert torch.allclose(probabilities, seen, atol=0.2)
+    with torch.no_grad():  # enlarged and reduced again they are nearly the images, nearer than to any other
+        its_features = inception.layers(classifier.to_input(leaves))
+        its_probabilities = torch.softmax(inception.network(classifier.to_input(leaves)), 1)
+    assert torch.allclose(probabilities, its_probabilities, atol=0.2)
+    assert torch.cdist(features, its_features).argmin(1).tolist() == list(range(8))
 
 
-def test_on_cifar10(cifar10_dir, tmp_path):
-    """Labels belong to their images: the last of 50,000, counted from the end, are those of validation."""
+def test_on_cifar10(cifar10_dir):
+    """Labels belong to their images, of training and validation: ships are bluer than frogs."""
     config = vqvae.Config(data_dir=str(cifar10_dir))
     train_set, val_set = vqvae.training_images(config)
     labels = classifier.labels_of(config)
     assert len(labels) == len(train_set) + len(val_set) == 50000
-    blue = train_set.float().mean((1, 2))[:, 2] - train_set.float().mean((1, 2))[:, 0]
-    ships, frogs = (blue[labels[:45000] == label].mean() for label in (8, 6))
-    assert ships > frogs + 10
-    blue = val_set.float().mean((1, 2))[:, 2] - val_set.float().mean((1, 2))[:, 0]
-    ships, frogs = (blue[labels[45000:] == label].mean() for label in (8, 6))
-    assert ships > frogs + 10
+    for images, its in ((train_set, labels[:45000]), (val_set, labels[45000:])):
+        red, _, blue = images.float().mean((1, 2)).T
+        ships, frogs = ((blue - red)[its == label].mean() for label in (8, 6))
+        assert ships > frogs + 10
 
 
 @pytest.mark.parametrize("words, message", [(["--epochs", "0"], "whole number"), (["--train_subset", "5"], "128 or more"),

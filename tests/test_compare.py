@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
 from matplotlib.figure import Figure
 
@@ -62,8 +63,9 @@ def test_no_run_begins_after_a_failure(results, tiny, tmp_path, monkeypatch):
         def __exit__(self, *_):
             pass
 
-        def submit(self, function, method, size, *_):
+        def submit(self, function, method, size, *others):
             begun.append(size)
+            assert others[-1] == 12  # threads: all that this process may use, for one run at a time
             future = compare.concurrent.futures.Future()
             if size == 8:
                 future.set_exception(vqvae.Interrupted("stopped", 2))
@@ -72,6 +74,7 @@ def test_no_run_begins_after_a_failure(results, tiny, tmp_path, monkeypatch):
             return future
 
     monkeypatch.setattr(compare.concurrent.futures, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
     words = ["--methods", "vq_ema", "--codebook_sizes", "4,8,16,32", "--latent_dims", "4", "--seeds", "0", *flags]
     assert vqvae.run_command(lambda: compare.main(words)) == 130
     assert begun == [4, 8]

@@ -93,6 +93,9 @@ def test_the_sweep_runs_skips_what_is_done_and_summarises(script, tmp_path):
     before = (folder / "gpu_ba_vq_k256_cosine" / "final_model.pt").stat().st_mtime_ns
     assert script("run_gpu_experiments.py", *words)[0] == 0
     assert (folder / "gpu_ba_vq_k256_cosine" / "final_model.pt").stat().st_mtime_ns == before
+    # Where none finishes, what stands there is kept, also where others have finished before.
+    code, _, _ = script("run_gpu_experiments.py", "--only", "ba_vq_k256_cosine", *words[2:], "--lr", "0.001")
+    assert code == 1 and len(json.loads((folder / "gpu_run_summary.json").read_text())["runs"]) == 2
     # Another config under the same names is not taken for done.
     code, _, err = script("run_gpu_experiments.py", *words, "--lr", "0.001")
     assert code == 1 and "failed: gpu_vq_ema_k256_cosine, gpu_ba_vq_k256_cosine" in err
