@@ -123,22 +123,32 @@ def find_inception(path=None):
     return cache / INCEPTION_NAME
 
 
+def seen(images, inception, batch_size, name, through=lambda batch: batch):
+    """Features (N, F), class probabilities (N, classes) of images uint8 (N, S, S, 3), each batch put `through` a model before."""
+    batches = tqdm(images.split(batch_size), desc=f"inception, {name}", disable=None)
+    features, probabilities = zip(*(inception(through(batch)) for batch in batches))
+    return torch.cat(features), torch.cat(probabilities)
+
+
 def original_features(images, inception, batch_size):
-    """Features (N, 2048) of images uint8 (N, S, S, 3)."""
-    batches = tqdm(images.split(batch_size), desc="inception, originals", disable=None)
-    return torch.cat([inception(batch)[0] for batch in batches])
+    """Features (N, F) of images uint8 (N, S, S, 3)."""
+    return seen(images, inception, batch_size, "originals")[0]
+
+
+def shared_features(config, images, inception, batch_size, known):
+    """The same of a Config's test images, from or into `known`, {data set: features}, which all checkpoints share."""
+    data = (config.dataset, config.data_dir, config.image_size, config.test_subset)
+    if data not in known:
+        known[data] = original_features(images, inception, batch_size)
+    return known[data]
 
 
 def inception_metrics(model, images, originals, inception, batch_size, refine=0):
     """r-FID and r-IS of a model's reconstructions of images uint8 (N, S, S, 3), with features `originals`, as a dict."""
-    features, probabilities = [], []
-    for batch in tqdm(images.split(batch_size), desc="inception, reconstructions", disable=None):
-        f, p = inception(vqvae.reconstructed(model, batch, refine))
-        features.append(f)
-        probabilities.append(p)
-    mean, deviation = inception_score(torch.cat(probabilities))
-    return {"rfid": frechet_distance(originals, torch.cat(features)),
-            "ris": mean, "ris_std": deviation}
+    features, probabilities = seen(images, inception, batch_size, "reconstructions",
+                                   lambda batch: vqvae.reconstructed(model, batch, refine))
+    mean, deviation = inception_score(probabilities)
+    return {"rfid": frechet_distance(originals, features), "ris": mean, "ris_std": deviation}
 
 
 def loads_again(path):
@@ -219,7 +229,7 @@ def check(path, options):
 def evaluate_checkpoint(path, options, device, inception, originals):
     """All metrics of one checkpoint; `inception` is None to leave out r-FID and r-IS.
 
-    originals: {data set: Inception features of its test images}, filled here and shared by all checkpoints.
+    originals: `known` of shared_features.
     """
     model, config = vqvae.load_model(path, device)
     config = with_images(config, options)
@@ -231,10 +241,8 @@ def evaluate_checkpoint(path, options, device, inception, originals):
     metrics = {"checkpoint": str(path), "dataset": config.dataset, "codebook_size": size, "refine": refine,
                **vqvae.evaluate(model, images, size, batch_size, refine=refine, histogram=histogram)}
     if inception is not None:
-        data = (config.dataset, config.data_dir, config.image_size, config.test_subset)
-        if data not in originals:
-            originals[data] = original_features(images, inception, batch_size)
-        metrics.update(inception_metrics(model, images, originals[data], inception, batch_size, refine), **inception.source)
+        features = shared_features(config, images, inception, batch_size, originals)
+        metrics.update(inception_metrics(model, images, features, inception, batch_size, refine), **inception.source)
     vqvae.write_json(path.parent / "eval_metrics.json", metrics)
     vqvae.write_pictures(path.parent, model, images, config, metrics, histogram, refine, path.stem)
     return metrics

@@ -716,7 +716,7 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
 # and a path through it is chosen for all latents of an image together (Fischer 1991): cells of many dimensions are rounder.
 # The subset is m (b xor b'') + b', of b and the digits before it, b' and b'', which are the state; first 0, 0. So b' says which
 # m subsets there are, b'' how b names them. m = 2 is Ungerboeck's trellis of four states (1982), m = 4 and 8 two and three of it
-# side by side, one for each bit of b. Neighbours on the path lie apart in the image (`_on_path`): a smooth place can leave its
+# side by side, one for each bit of b. Neighbours on the path lie apart in the image (`path_order`): a smooth place can leave its
 # choice to the next one, which should be a rough one, and neighbours in the image are alike.
 
 
@@ -733,8 +733,8 @@ def _subset(before_that, before, digit, base):
     return base * (digit ^ before_that) + before
 
 
-def _branches(base, device):
-    """Subset of each branch, (base, base, base) by the digits b'', b' and b."""
+def branches(base: int, device: str | torch.device | None = None) -> torch.Tensor:
+    """Subset of each branch, (base, base, base) int64 by the digits b'', b' and b."""
     digits = torch.arange(base, device=device)
     return _subset(digits[:, None, None], digits[:, None], digits, base)
 
@@ -754,7 +754,7 @@ def cheapest_path(costs: torch.Tensor) -> torch.Tensor:
     """Subsets (B, T) int64 of the path with the least sum of costs (B, T, subsets): Viterbi's algorithm."""
     paths, length, subsets = costs.shape
     base = trellis_base(subsets)
-    costs = costs.permute(2, 1, 0).contiguous()[_branches(base, costs.device)]  # (base, base, base, T, B): paths last are fast
+    costs = costs.permute(2, 1, 0).contiguous()[branches(base, costs.device)]  # (base, base, base, T, B): paths last are fast
     totals = [costs.new_full((base, base, paths), math.inf)]  # of the cheapest path to each state
     totals[0][0, 0].zero_()
     for t in range(length):
@@ -776,9 +776,9 @@ def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
     """
     paths, length, subsets = log_weights.shape
     base = trellis_base(subsets)
-    branches = _branches(base, log_weights.device)
+    subset = branches(base, log_weights.device)
     logs = log_weights.permute(2, 1, 0).contiguous()  # (subsets, T, B): paths last are fast
-    forth = logs[branches]  # (base, base, base, T, B)
+    forth = logs[subset]  # (base, base, base, T, B)
     both = torch.stack([forth, forth.flip(3).transpose(0, 2)])  # (2, base, base, base, T, B)
     totals = [logs.new_zeros(2, base, base, paths)]  # of all paths to a state, up to a factor
     totals[0][0].fill_(OUT_OF_REACH)
@@ -787,21 +787,27 @@ def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
         total = _log_sum_exp(totals[t][:, :, :, None] + both[..., t, :], 1)  # (2, base, base, B)
         totals.append(total - total.amax((1, 2), keepdim=True))
     forward, backward = torch.stack(totals, 3)  # (base, base, T, B) by b'' and b'; by b and b'
-    # (b'', b', c, T, B), c = b xor b'', so that the subset is base c + b'; `branches` finds backward's base b + b' there.
-    around = forward[:, :, None] + backward.flip(2).flatten(0, 1)[branches]
+    # (b'', b', c, T, B), c = b xor b'', so that the subset is base c + b'; `subset` finds backward's base b + b' there.
+    around = forward[:, :, None] + backward.flip(2).flatten(0, 1)[subset]
     return (_log_sum_exp(around, 0).transpose(0, 1).flatten(0, 1) + logs).log_softmax(0).permute(2, 1, 0)
 
 
-def _on_path(function, values):
-    """Apply `function`, which works in path order, to values (B, T, ...) stored row by row; the result is row by row, too.
+def path_order(length: int, device: str | torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(places (T,) in the order of a path through `length` latents, its inverse): values[:, places] is in path order.
 
-    The path goes on by a fixed stride, round and round: the number nearest to 0.382 T, a golden section, that has no factor in
-    common with T. So it passes every place, and those passed one after the other lie far apart (where T is small, hardly).
+    Places count row by row. The path goes on by a fixed stride, round and round: the number nearest to 0.382 T, a golden section,
+    that has no factor in common with T. So it passes every place, and those passed one after the other lie far apart (where T
+    is small, hardly).
     """
-    length = values.shape[1]
     stride = min((n for n in range(1, length + 1) if math.gcd(n, length) == 1), key=lambda n: abs(n - 0.382 * length))
-    steps = torch.arange(length, device=values.device)
-    return function(values[:, steps * stride % length])[:, steps * pow(stride, -1, length) % length]
+    steps = torch.arange(length, device=device)
+    return steps * stride % length, steps * pow(stride, -1, length) % length
+
+
+def _on_path(function, values):
+    """Apply `function`, which works in path order, to values (B, T, ...) stored row by row; the result is row by row, too."""
+    places, inverse = path_order(values.shape[1], values.device)
+    return function(values[:, places])[:, inverse]
 
 
 def _by_paths(function, values):
