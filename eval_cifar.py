@@ -136,7 +136,7 @@ def original_features(images, inception, batch_size):
 
 
 def shared_features(config, images, inception, batch_size, known):
-    """The same of a Config's test images, from or into `known`, {data set: features}, which all checkpoints share."""
+    """Features (N, F) of a Config's test images, from or into `known`, {data set: features}, which all checkpoints share."""
     data = (config.dataset, config.data_dir, config.image_size, config.test_subset)
     if data not in known:
         known[data] = original_features(images, inception, batch_size)
@@ -184,7 +184,7 @@ def find_checkpoints(words):
         found += files
     folders = [os.path.realpath(path.parent) for path in found]
     if len(set(folders)) < len(folders):
-        raise vqvae.UserError("checkpoint: two of these share a folder, and so eval_metrics.json; evaluate one at a time")
+        raise vqvae.UserError("checkpoint: two of these share a folder, and so the file of their metrics; evaluate one at a time")
     return found
 
 

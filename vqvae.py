@@ -1781,21 +1781,26 @@ def _read(items, config, train):
     return _decoded(items, config.image_size) if config.dataset == "folder" else items
 
 
-def training_images(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """(training, validation) images, uint8 (N, S, S, 3) on the CPU. Raises UserError.
+def training_items(config: Config):
+    """(training, validation) items, one for each image: its path (folder), number (dead leaves), or itself (CIFAR-10).
 
-    The validation images are the last val_size of the training set, never trained on.
+    The validation images are the last val_size of the training set, never trained on. Raises UserError.
     """
     items = _whole_set(config, train=True)
     cut = len(items) - config.val_size
     if cut <= 0:
         raise UserError(f"val_size: {config.val_size} leaves nothing of {len(items)} training images; lower it")
-    kept = _at_most(items[:cut], config.train_subset, "train_subset")
-    return _read(kept, config, train=True), _read(items[cut:], config, train=True)
+    return _at_most(items[:cut], config.train_subset, "train_subset"), items[cut:]
+
+
+def training_images(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """(training, validation) images, uint8 (N, S, S, 3) on the CPU. Raises UserError."""
+    kept, held_out = training_items(config)
+    return _read(kept, config, train=True), _read(held_out, config, train=True)
 
 
 def test_items(config: Config):
-    """One item for each test image: its path (folder), number (dead leaves), or itself (CIFAR-10). Raises UserError."""
+    """One item for each test image, as in `training_items`. Raises UserError."""
     return _at_most(_whole_set(config, train=False), config.test_subset, "test_subset")
 
 
@@ -2182,7 +2187,8 @@ def replace_run(folder, config, wandb_run, state):
     atomic_write(trial, lambda file: torch.save(state, file))
     trial.unlink()
     for name in ("final_metrics.json", *(path.name for path in checkpoints(folder)), "metrics.jsonl", "timing.jsonl",
-                 "final_model.pt", "eval_metrics.json", "reconstructions.png", "codebook_usage.png", "wandb_id"):
+                 "final_model.pt", "eval_metrics.json", "reconstructions.png", "codebook_usage.png", "generator_metrics.json",
+                 "generated.png", "wandb_id"):
         with _writing(folder / name):
             (folder / name).unlink(missing_ok=True)
     write_text(folder / "config.yaml", config_yaml(config))

@@ -2,14 +2,15 @@
 
     python benchmarks/generator.py --checkpoint experiments/compare --inception experiments/classifier.pt
 
-For each run below the folders, a transformer learns to predict every index of the training images from those before it, row by
-row. generator_metrics.json, in the folder of the run, then holds what the indices of test images cost by its predictions,
-and how far images that it makes are from the test images: the Fréchet distance of features of --inception, a file of
-benchmarks/classifier.py or clean-fid's Inception. generated.png shows some of them. Runs that have the file are skipped.
+For each run below the folders, a transformer learns to predict every index of the training images from those before it, in the
+order in which they are coded. generator_metrics.json, in the folder of the run, then holds what the indices of test images
+cost by its predictions, and how far images that it makes are from the test images: the Fréchet distance of features of
+--inception, a file of benchmarks/classifier.py or clean-fid's Inception. generated.png shows some of them. Runs that have
+the file are skipped.
 """
 
-import dataclasses
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -136,7 +137,7 @@ def coding_order(model, side):
 
 
 def fit(network, indices, epochs, seed, dtype):
-    """Train a Generator on indices (N, T), N >= BATCH_SIZE; it is then in eval mode."""
+    """Train a Generator on indices (N, T), N >= BATCH_SIZE."""
     steps = len(indices) // BATCH_SIZE
     optimizer = vqvae.make_optimizer(network, LR)
     for epoch in range(epochs):
@@ -155,15 +156,14 @@ def fit(network, indices, epochs, seed, dtype):
             losses.append(loss.detach())
         bits = torch.stack(losses).mean().item() / math.log(2)
         print(f"epoch {epoch + 1}/{epochs}  {bits:.3f} bits per index  {time.perf_counter() - started:.0f} s", flush=True)
-    network.eval()
 
 
 @torch.no_grad()
 def bits_per_index(network, indices):
     """Mean of -log2 p(index | those before it) over indices (N, T)."""
-    nats = [F.cross_entropy(network(batch).flatten(0, 1), batch.flatten(), reduction="sum").double()
-            for batch in indices.split(500)]
-    return torch.stack(nats).sum().item() / indices.numel() / math.log(2)
+    nats = [F.cross_entropy(network(batch).flatten(0, 1), batch.flatten(), reduction="sum")
+            for batch in indices.split(BATCH_SIZE)]
+    return torch.stack(nats).cpu().double().sum().item() / indices.numel() / math.log(2)
 
 
 @torch.no_grad()
@@ -189,24 +189,26 @@ def figures_of(checkpoint):
     return checkpoint.with_name("generator_metrics.json")
 
 
-def with_data_dir(config, data_dir):
-    return config if data_dir is None else dataclasses.replace(config, data_dir=data_dir)
-
-
-def wanted(path, options):
-    """Whether a checkpoint has no figures yet. Raises UserError where they are of other epochs or cannot be had."""
+def wanted(path, options, inception):
+    """Whether a checkpoint has no figures yet. Raises UserError where they are of something else or cannot be had."""
     figures = figures_of(path)
-    if figures.exists():
-        epochs = vqvae.read_json(figures).get("epochs")
-        if epochs != options.epochs:
-            raise vqvae.UserError(f"{figures}: of {epochs} epochs, not {options.epochs}; move it away")
+    if os.path.exists(figures):
+        record = vqvae.read_json(figures)
+        record["checkpoint"] = Path(str(record.get("checkpoint"))).name
+        given = {"checkpoint": path.name, "epochs": options.epochs, "inception_sha256": inception.source["inception_sha256"]}
+        for name, value in given.items():
+            if record.get(name) != value:
+                raise vqvae.UserError(f"{figures}: its {name} is {record.get(name)}, not {value}; move it away")
         print(f"kept: {figures}")
         return False
+    config = eval_cifar.with_images(vqvae.load_model(path)[1], options)
     vqvae.check_writable(figures)
-    config = with_data_dir(vqvae.load_model(path)[1], options.data_dir)
-    count = len(vqvae.test_items(config))
-    if count < 10:
-        raise vqvae.UserError(f"{path}: gIS needs at least 10 test images, not {count}; give a run with a larger test_subset")
+    try:
+        trained, tested = len(vqvae.training_items(config)[0]), len(vqvae.test_items(config))
+    except vqvae.UserError as error:
+        raise vqvae.UserError(f"{path}: {error}") from error
+    if trained < BATCH_SIZE or tested < 10:
+        raise vqvae.UserError(f"{path}: of {trained} training and {tested} test images; needs {BATCH_SIZE} and 10")
     return True
 
 
@@ -216,11 +218,9 @@ def measure(path, options, device, inception, originals):
     originals: `known` of eval_cifar.shared_features.
     """
     model, config = vqvae.load_model(path, device)
-    config = with_data_dir(config, options.data_dir)
+    config = eval_cifar.with_images(config, options)
     train_set, val_set = vqvae.training_images(config)
     test_set = vqvae.test_images(config)
-    if len(train_set) < BATCH_SIZE:
-        raise vqvae.UserError(f"{path}: {len(train_set)} training images are fewer than a batch of {BATCH_SIZE}")
     print(f"{path}: {len(train_set)} training images, K = {config.codebook_size}", flush=True)
     places, halves = coding_order(model, config.image_size // config.downsample)
     splits = {"train": train_set, "test": test_set, **({"val": val_set} if len(val_set) else {})}
@@ -249,6 +249,7 @@ def parse(argv):
     parser.add_argument("--epochs", type=train.whole(1), default=4, metavar="N", help="over the training set (default 4)")
     parser.add_argument("--data_dir", metavar="DIR", help="where the data set is (default: as in training)")
     parser.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, mps, cuda or cuda:N (default auto)")
+    parser.set_defaults(test_subset=None)  # for with_images: as in training
     return parser.parse_args(argv)
 
 
@@ -258,8 +259,9 @@ def main(argv=None):
     print(f"device: {device} ({reason})")
     if device.type == "cpu":
         vqvae.keep_freed_memory()
-    paths = [path for path in eval_cifar.find_checkpoints(options.checkpoint) if wanted(path, options)]
+    paths = eval_cifar.find_checkpoints(options.checkpoint)
     inception, originals = eval_cifar.Inception(eval_cifar.find_inception(options.inception), "clean", device), {}
+    paths = [path for path in paths if wanted(path, options, inception)]  # everything is checked before any work
     for path in paths:
         measure(path, options, device, inception, originals)
 

@@ -845,12 +845,15 @@ def test_an_overwrite_logs_to_a_new_wandb_run_once_it_has_worked(tiny_config, mo
 def test_overwrite_deletes_only_what_a_run_writes(tiny_config, tmp_path):
     folder = tmp_path / "experiments" / "tiny"
     vqvae.train(tiny_config(epochs=1))
-    (folder / "wandb_id").write_text("of the old run")
+    old = [folder / name for name in ("wandb_id", "eval_metrics.json", "generator_metrics.json", "generated.png")]
+    for path in old:
+        path.write_text("of the old run")
     (folder / "notes.txt").write_text("mine")
     (folder / "src").mkdir()
     (folder / "src" / "code.py").write_text("mine too")
     vqvae.train(tiny_config(epochs=1, lr=0.01, overwrite=True))
-    assert (folder / "notes.txt").exists() and (folder / "src" / "code.py").exists() and not (folder / "wandb_id").exists()
+    assert (folder / "notes.txt").exists() and (folder / "src" / "code.py").exists()
+    assert not any(path.exists() for path in old)
     assert "overwrite: false" in (folder / "config.yaml").read_text()  # the stored config can be used again
 
 
