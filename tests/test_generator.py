@@ -58,8 +58,10 @@ def test_it_sees_the_codes_that_indices_stand_for(prediction, trellis):
     model, places, network = made_for(prediction, trellis)
     indices = torch.randint(64, (3, 8, 8))
     numbers = model.quantizer.code_numbers(indices).flatten(1)[:, places]
-    seen, shown = [], network.codes.register_forward_hook(lambda _, given, __: seen.append(given[0]))
-    every = [head.register_forward_hook(lambda _, __, logits: seen.append(logits)) for head in network.heads]
+    seen = []
+    network.codes.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    for head in network.heads:
+        head.register_forward_hook(lambda _, __, logits: seen.append(logits))
     sequence = indices.flatten(1)[:, places]
     its = network(sequence).gather(2, sequence[..., None]).squeeze(2)
     before, logits = seen[0], seen[1:]
@@ -67,8 +69,6 @@ def test_it_sees_the_codes_that_indices_stand_for(prediction, trellis):
     codes = network.start // len(network.halves)
     for half, (n, i) in enumerate(zip(numbers.split(network.halves, 1), its.split(network.halves, 1))):
         assert torch.equal(logits[half].gather(2, n[..., None] - half * codes).squeeze(2), i)
-    for hook in (shown, *every):
-        hook.remove()
 
 
 @pytest.mark.parametrize("prediction, trellis", ADDITIONS)
