@@ -20,6 +20,8 @@ Sources, cited below by name:
     LeCun 1998          Efficient BackProp, section 4.6
     Rose 1998           Deterministic annealing for clustering, compression, classification, Proc. IEEE 86(11)
     Cuturi 2013         Sinkhorn distances: lightspeed computation of optimal transport, arXiv 1306.0895
+    Jordan 2024         Muon: an optimizer for hidden layers in neural networks, kellerjordan.github.io/posts/muon
+    Liu 2025            Muon is scalable for LLM training, arXiv 2502.16982
     Lee 2001            Occlusion models for natural images, Lee, Mumford & Huang, IJCV 41
     Cuperman 1985       Vector predictive coding of speech at 16 kbit/s, Cuperman & Gersho, IEEE Trans. Communications 33(7)
     Chen 1987           Gain-adaptive vector quantization with application to speech coding, Chen & Gersho, same journal, 35(9)
@@ -153,7 +155,8 @@ class Config:
                                            "(default 0.1; vq_ema classical 0)", low=0, high=0.9)
     epochs: int = option(30, "passes over the training set, less the last images that fill no batch", low=1, high=1_000_000)
     batch_size: int = option(128, "images per step, over all processes", low=1, high=1_000_000)
-    lr: float = option(3e-3, "peak learning rate of AdamW (warm-up, then cosine decay to 0)", low=1e-9, high=1)
+    optimizer: str = option("muon", "optimizer of the networks", choices=("muon", "adamw"))
+    lr: float = option(3e-3, "peak learning rate (warm-up, then cosine decay to 0)", low=1e-9, high=1)
     seed: int = option(0, "seed of weights, data order and restarts", low=0, high=(1 << 31) - 1)
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N", identity=False)
     precision: str = option("auto", "of the networks, also in validation; quantizer and test are float32",
@@ -2121,11 +2124,12 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def stored_config(values: dict) -> Config:
-    """The Config of a stored run; without prediction or trellis where it is from before there was one.
+    """The Config of a stored run; without prediction or trellis, and of AdamW, where it is from before there was another.
 
     Earlier versions stored --overwrite and --resume, too. Raises UserError, or TypeError for no dict.
     """
-    return Config.from_dict({"prediction": "none", "trellis": "none", **values, "overwrite": False, "resume": False})
+    return Config.from_dict({"prediction": "none", "trellis": "none", "optimizer": "adamw", **values,
+                             "overwrite": False, "resume": False})
 
 
 def identity(config: Config) -> dict:
@@ -2299,12 +2303,68 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """AdamW for a model that is on its device. On CUDA its learning rate is a tensor, so that a graph can hold its step."""
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """U V^T of each of some matrices U S V^T, (P, m, n), about: singular values become 0.7 to 1.2, but for the very smallest.
+
+    By five Newton-Schulz steps with the polynomial of Jordan 2024, whose slope at 0 is steep; a vector only needs its length 1.
+    """
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5 if x.shape[1] > 1 else 0):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps along the momentum made orthogonal (Jordan 2024), which leave no direction of a weight behind the strong ones.
+
+    A parameter (n, ...) counts as a matrix of n rows, a bias as one of a single row. Steps are scaled as by Liu 2025, which
+    makes them about as large as AdamW's for the same learning rate, lr (a float or a tensor). A parameter without gradient stays.
+    """
+
+    MOMENTUM, WEIGHT_DECAY = 0.95, 0.3
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step; no closure is called."""
+        for group in self.param_groups:
+            lr, parameters = group["lr"], [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients, momenta = [p.grad for p in parameters], [self._momentum(p) for p in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
+            directions = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)  # Nesterov's
+            torch._foreach_mul_(parameters, 1 - lr * self.WEIGHT_DECAY)
+            alike = {}  # by shape: their small matrices are multiplied together
+            for parameter, direction in zip(parameters, directions):
+                alike.setdefault(parameter.shape, []).append((parameter, torch.atleast_2d(direction).flatten(1)))
+            for some in alike.values():
+                some, matrices = zip(*some)
+                steps = orthogonal(torch.stack(matrices))  # (P, m, n)
+                steps *= lr * 0.2 * math.sqrt(max(steps.shape[1:]))
+                torch._foreach_sub_(some, [step.view_as(parameter) for parameter, step in zip(some, steps)])
+
+    def _momentum(self, parameter):
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        return state["momentum"]
+
+
+def make_optimizer(model: nn.Module, lr: float, name: str = "adamw") -> torch.optim.Optimizer:
+    """Muon or AdamW for a model on its device. On CUDA the learning rate is a tensor, so that a graph can hold its step."""
     device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
-    return torch.optim.AdamW(model.parameters(), lr=torch.tensor(lr, device=device) if on_cuda else lr, betas=(0.9, 0.95),
-                             fused=device.type in ("cpu", "cuda"), capturable=on_cuda)
+    rate = torch.tensor(lr, device=device) if on_cuda else lr
+    if name == "muon":
+        return Muon(model.parameters(), rate)
+    return torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"),
+                             capturable=on_cuda)
 
 
 def set_learning_rate(optimizer, rate):
@@ -2550,7 +2610,7 @@ def take_steps(config, folder, model, train_set, val_set, images_digest, dtype, 
     steps_per_epoch = len(train_set) // config.batch_size
     total_steps = steps_per_epoch * config.epochs
     warmup_steps = int(config.warmup_fraction * total_steps)
-    optimizer = make_optimizer(model, config.lr)
+    optimizer = make_optimizer(model, config.lr, config.optimizer)
     take_step = fastest_step(model)
     if config.compile:
         model.encoder.compile()

@@ -103,7 +103,8 @@ def run_name(method, size, dim, seed, config):
     dataset = "" if config.dataset == "cifar10" else f"_{config.dataset}"
     depth = "" if config.res_blocks == 2 else f"x{config.res_blocks}"
     batch = "" if config.batch_size == 128 else f"b{config.batch_size}"
-    return f"{method}{dataset}_k{size}_d{dim}_h{config.hidden_dim}{depth}{batch}_e{config.epochs}_s{seed}"
+    optimizer = "" if config.optimizer == "adamw" else f"_{config.optimizer}"
+    return f"{method}{dataset}_k{size}_d{dim}_h{config.hidden_dim}{depth}{batch}_e{config.epochs}{optimizer}_s{seed}"
 
 
 def cell(method, size, dim, seed, extra):
@@ -153,8 +154,8 @@ def end_with_parent():
 
 
 def table_of(config):
-    """What names a table, of a config as a dict: (data set, K, D, hidden, blocks, batch, epochs)."""
-    names = ("dataset", "codebook_size", "latent_dim", "hidden_dim", "res_blocks", "batch_size", "epochs")
+    """What names a table, of a config as a dict: (data set, K, D, hidden, blocks, batch, epochs, optimizer)."""
+    names = ("dataset", "codebook_size", "latent_dim", "hidden_dim", "res_blocks", "batch_size", "epochs", "optimizer")
     return tuple(config[name] for name in names)
 
 
@@ -221,9 +222,9 @@ def summary():
              f"same models, their codes improved by {REFINE} passes through the decoder (VQVAE.refined). (1 of 3): one of the",
              "three seeds has it. Made by `python benchmarks/compare.py --summary` from `results/compare/*.json`; each holds its",
              "command.", ""]
-    for (dataset, size, dim, hidden, blocks, batch, epochs), methods in sorted(load_results().items()):
+    for (dataset, size, dim, hidden, blocks, batch, epochs, optimizer), methods in sorted(load_results().items()):
         depth = "" if blocks == 2 else f", {blocks} residual blocks"
-        lines += [f"## {dataset}, K={size}, D={dim}, hidden {hidden}{depth}, batch {batch}, {epochs} epochs", "",
+        lines += [f"## {dataset}, K={size}, D={dim}, hidden {hidden}{depth}, batch {batch}, {epochs} epochs, {optimizer}", "",
                   "| method | seeds | PSNR dB | perplexity | of K | usage | ΔPSNR dB | p | per image | p | ΔSSIM | p | refined |",
                   "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
         for method, runs in sorted(methods.items(), key=lambda item: -statistics.mean(r["psnr"] for r in item[1].values())):
@@ -253,7 +254,7 @@ def rate_distortion_figure(path):
     both = figure.subplots(1, 2)
     curves = []  # (K, [(lambda, rate, quality)])
     for (dataset, size, *rest), methods in sorted(load_results().items()):
-        if (dataset, *rest) != ("cifar10", dim, hidden, 2, 128, epochs):
+        if (dataset, *rest) != ("cifar10", dim, hidden, 2, 128, epochs, "adamw"):
             continue
         counts = collections.Counter(itertools.chain.from_iterable(methods.values()))
         seed = min(counts, key=lambda seed: (-counts[seed], seed))  # the lowest of the most frequent

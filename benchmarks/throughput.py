@@ -109,7 +109,7 @@ def project_epoch(config, images, device, quantize=True, pipeline=True, progress
     if config.compile:
         model.encoder.compile()
         model.decoder.compile()
-    optimizer, take_step = vqvae.make_optimizer(model, config.lr), vqvae.fastest_step(model)
+    optimizer, take_step = vqvae.make_optimizer(model, config.lr, config.optimizer), vqvae.fastest_step(model)
     dtype, _ = vqvae.pick_precision(config.precision, device)
     images = images.to(device)
     histogram = vqvae.empty_histogram(model, config.codebook_size)
@@ -128,8 +128,8 @@ def project_epoch(config, images, device, quantize=True, pipeline=True, progress
 def step_floor(config, device):
     """Least seconds of one training step: network plus BA-VQ quantizer, each bound by operations or bytes. A dict.
 
-    Operations are counted; bytes are those kept for the backward pass, written and read once, and AdamW's parameters,
-    gradients and two moments, read and written.
+    Operations are counted, without the optimizer's; bytes are those kept for the backward pass, written and read once, and
+    AdamW's parameters, gradients and two moments, read and written.
     """
     model = vqvae.make_model(config).to(device, memory_format=vqvae.memory_format(device)).train()
     dtype, _ = vqvae.pick_precision(config.precision, device)
@@ -179,6 +179,8 @@ def size_name(config):
         name += f"_{config.prediction}{config.states}"
     if (config.image_size, config.downsample) != (32, 4):
         name += f"_{config.image_size}by{config.downsample}"
+    if config.optimizer != "adamw":
+        name += f"_{config.optimizer}"
     return name if config.precision == "auto" else f"{name}_{config.precision}"
 
 

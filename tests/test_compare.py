@@ -31,13 +31,13 @@ def test_one_json_per_run_and_no_repetition(results, tiny, tmp_path, monkeypatch
     flags = [w for k, v in tiny(epochs=1).items() if k not in ("name", "codebook_size", "latent_dim", "out_dir")
              for w in (f"--{k}", str(v))]
     line = compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
-    record = json.loads((results / "ba_vq_lambda10_dead_leaves_k16_d4_h8b16_e1_s1.json").read_text())
+    record = json.loads((results / "ba_vq_lambda10_dead_leaves_k16_d4_h8b16_e1_muon_s1.json").read_text())
     assert "PSNR" in line and record["seed"] == 1 and record["method"] == "ba_vq_lambda10" and record["seconds"] > 0
     assert record["precision"] == "float32" and record["threads"] == 1 and record["device"] and record["torch"]
     assert record["refined_psnr"] != record["psnr"] and 0 < record["refined_usage_rate"] <= 1
     assert "--methods ba_vq_lambda10 --codebook_sizes 16 --latent_dims 4 --seeds 1" in record["command"]
     assert "done before" in compare.run("ba_vq_lambda10", 16, 4, 1, flags, threads=1)
-    target = results / "ba_vq_lambda10_dead_leaves_k16_d4_h8b16_e1_s1.json"
+    target = results / "ba_vq_lambda10_dead_leaves_k16_d4_h8b16_e1_muon_s1.json"
     words = ["--methods", "ba_vq_lambda10", "--codebook_sizes", "16", "--latent_dims", "4", *flags]
     for values, message in (({"lr": 0.5}, "lr 0.003, but 0.5 in other runs"), ({"whitening": 0.0}, "whitening"),
                             ({"temperature_end": 0.1}, "temperature_end 0.02, but 0.1 in other runs")):
@@ -97,7 +97,7 @@ def test_a_killed_comparison_leaves_no_run_behind(tiny, tmp_path):
     flags = [w for k, v in tiny(epochs=10_000, out_dir="runs").items() if k not in ("name", "codebook_size", "latent_dim")
              for w in (f"--{k}", str(v))]
     words = ["--methods", "vq_ema", "--codebook_sizes", "16", "--latent_dims", "4", "--seeds", "0", *flags]
-    folder = tmp_path / "runs" / "vq_ema_dead_leaves_k16_d4_h8b16_e10000_s0"
+    folder = tmp_path / "runs" / "vq_ema_dead_leaves_k16_d4_h8b16_e10000_muon_s0"
     with subprocess.Popen([sys.executable, ROOT / "benchmarks" / "compare.py", *words], cwd=tmp_path) as process:
         try:
             wait_until(lambda: list(folder.glob("checkpoint_epoch_*")))
@@ -142,20 +142,21 @@ def test_tables_of_unequal_settings_are_refused(results, tiny_config):
         compare.main(words)  # before it trains
 
 
-def test_runs_of_another_depth_or_batch_have_their_own_name_and_table(results, tiny_config):
-    for changes, size in (({}, "h8b16"), ({"batch_size": 128}, "h8"), ({"res_blocks": 6}, "h8x6b16")):
-        assert compare.run_name("vq_ema", 16, 4, 0, tiny_config(**changes)) == f"vq_ema_dead_leaves_k16_d4_{size}_e2_s0"
+def test_runs_of_another_depth_batch_or_optimizer_have_their_own_name_and_table(results, tiny_config):
+    for changes, rest in (({}, "h8b16_e2_muon"), ({"batch_size": 128}, "h8_e2_muon"), ({"res_blocks": 6}, "h8x6b16_e2_muon"),
+                          ({"optimizer": "adamw"}, "h8b16_e2")):
+        assert compare.run_name("vq_ema", 16, 4, 0, tiny_config(**changes)) == f"vq_ema_dead_leaves_k16_d4_{rest}_s0"
     other = tiny_config(dataset="cifar10", image_size=32)  # else a run of one data set would stand for the other's
-    assert compare.run_name("vq_ema", 16, 4, 0, other) == "vq_ema_k16_d4_h8b16_e2_s0"
+    assert compare.run_name("vq_ema", 16, 4, 0, other) == "vq_ema_k16_d4_h8b16_e2_muon_s0"
     shallow, deep = (tiny_config(res_blocks=blocks).to_dict() for blocks in (2, 6))
-    del shallow["res_blocks"]  # a record made before there was the setting
+    del shallow["res_blocks"], shallow["optimizer"]  # a record made before there were the settings
     for name, config in (("shallow", shallow), ("deep", deep), ("large", {**shallow, "batch_size": 32})):
         record = {"method": "vq_ema", "seed": 0, "psnr": 20.0, "psnr_per_image": 1.0, "perplexity": 8.0, "usage_rate": 1.0,
                   "config": config}
         (results / f"{name}.json").write_text(json.dumps(record))
     headings = [line for line in compare.summary().splitlines() if line.startswith("## ")]
-    sizes = [", batch 16", ", batch 32", ", 6 residual blocks, batch 16"]
-    assert headings == [f"## dead_leaves, K=16, D=4, hidden 8{size}, 2 epochs" for size in sizes]
+    settings = [", batch 16, 2 epochs, adamw", ", batch 32, 2 epochs, adamw", ", 6 residual blocks, batch 16, 2 epochs, muon"]
+    assert headings == [f"## dead_leaves, K=16, D=4, hidden 8{its}" for its in settings]
 
 
 def test_a_cell_given_twice_is_run_once():
@@ -212,7 +213,8 @@ def test_bad_words(words, results, capsys):
 
 
 def test_rate_distortion_curves_with_and_without_prediction_and_trellis(results, tiny_config, tmp_path, monkeypatch):
-    config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, batch_size=128, epochs=10).to_dict()
+    config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, batch_size=128, epochs=10,
+                         optimizer="adamw").to_dict()
     cells = [("ba_vq_lambda10", 10.0, "none", "none"), ("ba_vq_lambda1", 1.0, None, None),
              ("ba_vq_lambda3_scaled_trellis", 3.0, "scaled", "4"), ("ba_vq_lambda3_scaled_trellis16", 3.0, "scaled", "16"),
              ("ba_vq_lambda100_scaled_trellis16", 100.0, "scaled", "16"), ("ba_vq_lambda3_scaled_trellis64", 3.0, "scaled", "64"),
@@ -236,7 +238,8 @@ def test_rate_distortion_curves_with_and_without_prediction_and_trellis(results,
 
 
 def test_rate_distortion_figure(results, tiny_config, tmp_path, monkeypatch):
-    config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, batch_size=128, epochs=10).to_dict()
+    config = tiny_config(dataset="cifar10", image_size=32, hidden_dim=64, latent_dim=8, batch_size=128, epochs=10,
+                         optimizer="adamw").to_dict()
     for method, bits in (("vq_ema", 3.5), ("ba_vq_lambdainf", 3.9), ("ba_vq_lambda10", 3.7)):
         record = {"method": method, "seed": 0, "psnr": 20 + bits, "bits_per_index": bits, "config": config}
         (results / f"{method}.json").write_text(json.dumps(record))

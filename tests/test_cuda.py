@@ -80,7 +80,7 @@ def test_a_step_never_waits_for_the_device(quantizer, prediction, trellis):
     config = vqvae.Config(hidden_dim=16, latent_dim=8, codebook_size=64, quantizer=quantizer, prediction=prediction,
                           trellis=trellis)
     model = vqvae.make_model(config).cuda().train()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = vqvae.make_optimizer(model, 1e-3, "muon")
     x = torch.rand(16, 3, 32, 32, device="cuda")
     vqvae.train_step(model, optimizer, x, torch.bfloat16)
     torch.cuda.set_sync_debug_mode("error")
@@ -96,14 +96,21 @@ def test_a_step_never_waits_for_the_device(quantizer, prediction, trellis):
 @pytest.mark.parametrize("prediction", ["none", "checkerboard", "scaled"])
 @pytest.mark.parametrize("quantizer", ["vq_ema", "ba_vq"])
 def test_replayed_steps_are_the_steps(quantizer, prediction, trellis):
-    config = vqvae.Config(hidden_dim=16, latent_dim=8, codebook_size=2048, quantizer=quantizer, prediction=prediction,
-                          trellis=trellis, ema_decay=0.5)
+    check_replayed_steps(vqvae.Config(hidden_dim=16, latent_dim=8, codebook_size=2048, quantizer=quantizer, prediction=prediction,
+                                      trellis=trellis, ema_decay=0.5))
+
+
+def test_replayed_steps_of_adamw_are_the_steps():
+    check_replayed_steps(vqvae.Config(hidden_dim=16, latent_dim=8, codebook_size=2048, ema_decay=0.5, optimizer="adamw"))
+
+
+def check_replayed_steps(config):
     torch.use_deterministic_algorithms(True, warn_only=True)  # or the sums over latents differ from run to run
     images = torch.rand(12, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0)).cuda()  # 1024 latents: codes restart
     results = []
     for take_step in (vqvae.train_step, vqvae.GraphedStep(torch.device("cuda"))):
         model = vqvae.make_model(config).cuda().train()
-        optimizer = vqvae.make_optimizer(model, 1e-3)
+        optimizer = vqvae.make_optimizer(model, 1e-3, config.optimizer)
         for i, x in enumerate(images):
             torch.manual_seed(i)
             vqvae.set_learning_rate(optimizer, 1e-3 / (i + 1))

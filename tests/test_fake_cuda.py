@@ -76,6 +76,18 @@ def test_cosine_and_the_warm_up_neither(monkeypatch, metric):
         assert forward(model) == set()
 
 
+def test_a_step_of_muon_neither():
+    model = vqvae.make_model(vqvae.Config(hidden_dim=8, latent_dim=4, codebook_size=64))
+    with FakeTensorMode():
+        optimizer = vqvae.make_optimizer(on_fake_cuda(model), 1e-3, "muon")
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        vqvae.set_learning_rate(optimizer, 1e-4)
+        with Waits() as waits:
+            optimizer.step()
+        assert waits.found == set() and len(optimizer.state) == len(list(model.parameters()))
+
+
 @pytest.mark.parametrize(("wrong", "caught"), [
     (lambda z: z.sum().item(), DataDependentOutputException),
     (lambda z: z[z > 0], DynamicOutputShapeException),

@@ -115,8 +115,9 @@ def test_throughput_takes_prediction_and_trellis_where_asked():
 def test_throughput_names_its_files_by_what_decides_the_speed():
     names = {throughput.size_name(throughput.parse(words)[1]) for words in (
         [], ["--dataset", "dead_leaves", "--image_size", "64"], ["--downsample", "8"], ["--precision", "float32"],
-        ["--prediction", "scaled"])}
-    assert names == {"h128x2_d256_k512_b256" + more for more in ("", "_64by4", "_32by8", "_float32", "_scaled16")}
+        ["--prediction", "scaled"], ["--optimizer", "adamw"])}
+    assert names == {"h128x2_d256_k512_b256" + more
+                     for more in ("_muon", "_64by4_muon", "_32by8_muon", "_muon_float32", "_scaled16_muon", "")}
 
 
 def test_throughput_trains_at_the_temperature_asked_for(tiny_config):

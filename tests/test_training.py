@@ -4,6 +4,7 @@ import errno
 import importlib.machinery
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -104,13 +105,48 @@ def test_final_model_loads_alone(tiny_config):
     assert again == {key: metrics[key] for key in again}
 
 
-def test_training_learns(tiny_config):
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 3e-3), ("muon", 1e-2)])  # in so few steps
+def test_training_learns(tiny_config, optimizer, lr):
     for quantizer in ("vq_ema", "ba_vq"):
-        config = tiny_config(quantizer=quantizer, name=quantizer, epochs=20, train_subset=100, hidden_dim=16, warmup_fraction=0.0)
+        config = tiny_config(quantizer=quantizer, name=quantizer, epochs=20, train_subset=100, hidden_dim=16, warmup_fraction=0.0,
+                             optimizer=optimizer, lr=lr)
         vqvae.train(config)
         lines = [json.loads(line) for line in
                  (vqvae.Path(config.out_dir) / quantizer / "metrics.jsonl").read_text().splitlines()]
         assert lines[-1]["val_psnr"] > lines[0]["val_psnr"] + 1
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 30), (2, 30, 5), (1, 8, 8), (3, 4, 1)])
+def test_orthogonal_leaves_directions_and_evens_their_sizes(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    U, S, Vh = torch.linalg.svd(matrices, full_matrices=False)
+    sizes = U.mT @ vqvae.orthogonal(1e3 * matrices) @ Vh.mT  # (P, m, m) in their own directions
+    diagonal = sizes.diagonal(dim1=1, dim2=2)
+    assert (sizes - torch.diag_embed(diagonal)).abs().max() < 1e-4
+    assert ((diagonal > 0.65) & (diagonal < 1.25)).all()
+    assert not vqvae.orthogonal(torch.zeros(shape)).any()
+
+
+def test_muon_steps_along_orthogonal_momentum():
+    generator = torch.Generator().manual_seed(0)
+    weight, twin, bias, scale, unused = parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator))
+                                                      for shape in ((3, 2, 2, 2), (3, 2, 2, 2), (5,), (), (4,))]
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer, rates = vqvae.Muon(parameters, 0.1), (0.1, 0.05)
+    gradients = [[torch.randn(parameter.shape, generator=generator) for parameter in before[:4]] for _ in rates]
+    for rate, now in zip(rates, gradients):
+        vqvae.set_learning_rate(optimizer, rate)
+        for parameter, gradient in zip(parameters, now):
+            parameter.grad = gradient
+        optimizer.step()
+    for i, (parameter, rows, columns) in enumerate(((weight, 3, 8), (twin, 3, 8), (bias, 1, 5), (scale, 1, 1))):
+        expected, momentum = before[i], 0
+        for rate, now in zip(rates, gradients):
+            momentum = 0.95 * momentum + 0.05 * now[i]
+            direction = vqvae.orthogonal((0.05 * now[i] + 0.95 * momentum).reshape(1, rows, columns)).view(parameter.shape)
+            expected = (1 - 0.3 * rate) * expected - 0.2 * math.sqrt(columns) * rate * direction
+        torch.testing.assert_close(parameter.detach(), expected)
+    assert torch.equal(unused.detach(), before[4]) and unused not in optimizer.state
 
 
 def stopped_in_its_first_step(config, monkeypatch):
