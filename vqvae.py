@@ -2343,8 +2343,8 @@ class Muon(torch.optim.Optimizer):
             alike = {}  # by shape: their small matrices are multiplied together
             for parameter, direction in zip(parameters, directions):
                 alike.setdefault(parameter.shape, []).append((parameter, torch.atleast_2d(direction).flatten(1)))
-            for some in alike.values():
-                some, matrices = zip(*some)
+            for pairs in alike.values():
+                some, matrices = zip(*pairs)
                 steps = orthogonal(torch.stack(matrices))  # (P, m, n)
                 steps *= lr * 0.2 * math.sqrt(max(steps.shape[1:]))
                 torch._foreach_sub_(some, [step.view_as(parameter) for parameter, step in zip(some, steps)])
@@ -2356,8 +2356,8 @@ class Muon(torch.optim.Optimizer):
         return state["momentum"]
 
 
-def make_optimizer(model: nn.Module, lr: float, name: str = "adamw") -> torch.optim.Optimizer:
-    """Muon or AdamW for a model on its device. On CUDA the learning rate is a tensor, so that a graph can hold its step."""
+def make_optimizer(model: nn.Module, lr: float, name: str) -> torch.optim.Optimizer:
+    """'muon' or 'adamw' for a model on its device. On CUDA the learning rate is a tensor, so that a graph can hold its step."""
     device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
     rate = torch.tensor(lr, device=device) if on_cuda else lr

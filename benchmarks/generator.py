@@ -139,7 +139,7 @@ def coding_order(model, side):
 def fit(network, indices, epochs, seed, dtype):
     """Train a Generator on indices (N, T), N >= BATCH_SIZE."""
     steps = len(indices) // BATCH_SIZE
-    optimizer = vqvae.make_optimizer(network, LR)
+    optimizer = vqvae.make_optimizer(network, LR, "adamw")
     for epoch in range(epochs):
         started, losses = time.perf_counter(), []
         order = vqvae.epoch_order(len(indices), seed, epoch).to(indices.device)

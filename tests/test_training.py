@@ -52,10 +52,12 @@ def test_a_run_leaves_every_artefact(tiny_config, capsys):
     assert "epoch 2/2" in printed and "img/s" in printed and "device: cpu" in printed
 
 
-def test_each_step_has_its_images_learning_rate_and_temperature(tiny_config, monkeypatch):
-    config, seen, real = tiny_config(epochs=3, warmup_fraction=0.5), [], vqvae.train_step
+@pytest.mark.parametrize(("name", "kind"), [("muon", vqvae.Muon), ("adamw", torch.optim.AdamW)])
+def test_each_step_has_its_images_optimizer_learning_rate_and_temperature(tiny_config, monkeypatch, name, kind):
+    config, seen, real = tiny_config(epochs=3, warmup_fraction=0.5, optimizer=name), [], vqvae.train_step
 
     def watched(model, optimizer, x, dtype, quantize=True):
+        assert type(optimizer) is kind
         seen.append((x.clone(), optimizer.param_groups[0]["lr"], model.quantizer.first.temperature.item(), quantize))
         return real(model, optimizer, x, dtype, quantize)
 
