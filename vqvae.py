@@ -623,26 +623,27 @@ def nearest_code(z, codebook):
     return numbers
 
 
-def _exp(x):
-    """exp in place, but at least 2^-60: less adds nothing to a sum of weights and is slow on the CPU (denormal numbers).
-
-    Taken as a power of two, which is four times as fast there.
-    """
-    return x.mul_(1 / math.log(2)).clamp_(min=-60).exp2_()
+# The E-steps take logs to the base 2, "bits": powers of two are four times as fast as exp on the CPU.
+LN_2 = math.log(2)
 
 
-def _log_sum_exp(x, dim):
-    """Log of the sum of exp over a dimension, x overwritten; on the CPU up to five times as fast as PyTorch's."""
-    top = x.amax(dim)
-    return _exp(x.sub_(top.unsqueeze(dim))).sum(dim).log_().add_(top)
+def _powers(bits):
+    """2^bits in place, but at least 2^-60: less adds nothing to a sum of weights and is slow on the CPU (denormal numbers)."""
+    return bits.clamp_(min=-60).exp2_()
 
 
-def _softmax(logs):
-    """softmax over the rows of logs (n, K), which are overwritten; on the CPU faster than PyTorch's."""
-    if logs.device.type != "cpu":
-        return torch.softmax(logs, 1)
-    weights = _exp(logs.sub_(logs.amax(1, keepdim=True)))
-    return weights.div_(weights.sum(1, keepdim=True))
+def _sum_of_powers(bits, dim):
+    """Base-2 log of the sum of 2^bits over a dimension, bits overwritten; on the CPU faster than PyTorch's logsumexp."""
+    top = bits.amax(dim)
+    return _powers(bits.sub_(top.unsqueeze(dim))).sum(dim).log2_().add_(top)
+
+
+def _weights(bits):
+    """Weights (n, K) ~ 2^bits up to a factor of each row, and the sum of each row (n,); bits (n, K) are overwritten."""
+    if bits.device.type != "cpu":
+        return torch.softmax(bits.mul_(LN_2), 1), bits.new_ones(len(bits))  # one kernel
+    weights = _powers(bits.sub_(bits.amax(1, keepdim=True)))
+    return weights, weights.sum(1)
 
 
 # An index is what is stored, and counted as rate: in [0, K). A number is that of a row of the codebook: the same, but with a
@@ -665,6 +666,7 @@ def soft_assign(z, codebook, log_w, temperature):
     No N x K tensor beyond one chunk; nothing is differentiated. Returns Assignment.
     """
     half_norms = _half_norms(codebook)
+    slope, prior = 2 / (LN_2 * temperature), log_w / LN_2  # (), bits over the score; (K,), bits
     stats = z.new_zeros(z.shape[1] + 1, len(codebook))  # (D + 1, K): products with rows of P are fast this way round
     best_sum, squares = z.new_zeros(()), z.new_zeros(())
     numbers = z.new_empty(len(z), dtype=torch.int64)  # pieces kept from each chunk would fragment the heap
@@ -672,10 +674,10 @@ def soft_assign(z, codebook, log_w, temperature):
         scores = _scores(chunk, codebook, half_norms)  # (n, K)
         best, nearest[:] = _best(scores)  # (n,)
         # Subtracting the best first keeps exact ties exact at any temperature.
-        P = _softmax(scores.sub_(best[:, None]).mul_(2 / temperature).add_(log_w))  # (n, K)
-        stats.addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
+        weights, total = _weights(torch.addcmul(prior, scores.sub_(best[:, None]), slope, out=scores))  # (n, K), (n,)
+        stats.addmm_((F.pad(chunk, (0, 1), value=1.0) / total[:, None]).T, weights)
         best_sum += best.sum()
-        squares += torch.linalg.vector_norm(P).square()
+        squares += (torch.linalg.vector_norm(weights, dim=1) / total).square().sum()
     return Assignment(numbers, stats.T.contiguous(), best_sum, len(z) - squares)
 
 
@@ -723,7 +725,7 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
 # choice to the next one, which should be a rough one, and neighbours in the image are alike.
 
 
-OUT_OF_REACH = -1e37  # log weight: below those in reach, and finite, as infinity less infinity is no number
+OUT_OF_REACH = -1e37  # bits: below those in reach, and finite, as infinity less infinity is no number
 
 
 def trellis_base(states: int) -> int:
@@ -772,10 +774,10 @@ def cheapest_path(costs: torch.Tensor) -> torch.Tensor:
 
 
 def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
-    """Log probability (B, T, subsets) of each subset where a path has the product of its subsets' weights.
+    """Log probability (B, T, subsets), to the base 2, of each subset where a path has the product of its subsets' weights.
 
-    log_weights (B, T, subsets), finite. The forward-backward algorithm (Bahl 1974). Backward is forward with time and digits
-    reversed, so one loop does both. Subsets out of reach have about OUT_OF_REACH.
+    log_weights (B, T, subsets), to the base 2, finite. The forward-backward algorithm (Bahl 1974). Backward is forward with
+    time and digits reversed, so one loop does both. Subsets out of reach have about OUT_OF_REACH.
     """
     paths, length, subsets = log_weights.shape
     base = trellis_base(subsets)
@@ -787,12 +789,13 @@ def path_posterior(log_weights: torch.Tensor) -> torch.Tensor:
     totals[0][0].fill_(OUT_OF_REACH)
     totals[0][0, 0, 0].zero_()
     for t in range(length - 1):
-        total = _log_sum_exp(totals[t][:, :, :, None] + both[..., t, :], 1)  # (2, base, base, B)
+        total = _sum_of_powers(totals[t][:, :, :, None] + both[..., t, :], 1)  # (2, base, base, B)
         totals.append(total - total.amax((1, 2), keepdim=True))
     forward, backward = torch.stack(totals, 3)  # (base, base, T, B) by b'' and b'; by b and b'
     # (b'', b', c, T, B), c = b xor b'', so that the subset is base c + b'; `subset` finds backward's base b + b' there.
     around = forward[:, :, None] + backward.flip(2).flatten(0, 1)[subset]
-    return (_log_sum_exp(around, 0).transpose(0, 1).flatten(0, 1) + logs).log_softmax(0).permute(2, 1, 0)
+    joint = _sum_of_powers(around, 0).transpose(0, 1).flatten(0, 1) + logs  # (subsets, T, B), up to a factor
+    return (joint - _sum_of_powers(joint.clone(), 0)).permute(2, 1, 0)
 
 
 def path_order(length: int, device: str | torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -882,7 +885,7 @@ def nearest_path(z, codebook, length, states, weights):
     return numbers
 
 
-LEAST_LOG_P = -20.0  # subsets less probable for a row (2e-9) are left out of its sums where subsets come one by one
+LEAST_BITS = -29.0  # subsets less probable for a row (2e-9) are left out of its sums where subsets come one by one
 
 
 def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
@@ -895,33 +898,34 @@ def soft_assign_paths(z, codebook, log_w, temperature, length, states, weights):
     computed twice.
     """
     half_norms, size = _half_norms(codebook), len(codebook) // states
-    best, log_sums = z.new_empty(2, len(z), states)  # of each subset: best score; log of its summed factors, relative to it
-    slope = (2 / temperature).clamp_max(1e36)  # of a log factor over the score
+    best, sums = z.new_empty(2, len(z), states)  # of each subset: best score; log of its summed factors, relative to it, in bits
+    slope = (2 / (LN_2 * temperature)).clamp_max(1e36)  # of the bits of a factor over the score
+    prior = (log_w / LN_2).view(states, size)  # bits
 
-    def log_factors(scores, its_best, its_log_w):
-        """Log of w_k exp(..), relative to the nearest code of the subset; scores (n, subsets, size) are overwritten."""
-        return scores.sub_(its_best[:, :, None]).mul_(slope).add_(its_log_w.view(-1, size))
+    def factors(scores, its_best, its_prior):
+        """Bits of w_k exp(..), relative to the nearest code of the subset; scores (n, subsets, size) are overwritten."""
+        return torch.addcmul(its_prior, scores.sub_(its_best[:, :, None]), slope, out=scores)
 
-    for chunk, its_best, its_sums in _chunks(len(codebook), z, best, log_sums):
+    for chunk, its_best, its_sums in _chunks(len(codebook), z, best, sums):
         scores = _scores(chunk, codebook, half_norms).view(len(chunk), states, size)
         its_best[:] = scores.amax(2)
-        its_sums[:] = _log_sum_exp(log_factors(scores, its_best, log_w), 2)
+        its_sums[:] = _sum_of_powers(factors(scores, its_best, prior), 2)
     subsets = _cheapest_subsets(best, length, weights)  # (N, 1)
     behind = weights[:, None] * (best - best.amax(1, keepdim=True))  # (N, states)
     gap = (slope * behind).clamp_min(-1e35)  # finite, and in reach, at any temperature
-    posterior = _by_paths(path_posterior, (gap + log_sums).view(-1, length, states)).reshape(-1, states)
-    share = posterior - log_sums  # log P = log factor + share
+    posterior = _by_paths(path_posterior, (gap + sums).view(-1, length, states)).reshape(-1, states)
+    share = posterior - sums  # bits of P = bits of the factor + share
     on_path = subsets == torch.arange(states, device=z.device)  # (N, states)
     numbers = z.new_empty(len(z), dtype=torch.int64)
     stats, squares = z.new_zeros(z.shape[1] + 1, len(codebook)), z.new_zeros(())
-    for rows, part, codes in _wanted_parts((posterior > LEAST_LOG_P) | on_path, z, size):
+    for rows, part, codes in _wanted_parts((posterior > LEAST_BITS) | on_path, z, size):
         chunk, its_path = z[rows], on_path[rows, part]
         scores = _scores(chunk, codebook[codes], half_norms[codes]).unflatten(1, (-1, size))  # (n, subsets, size)
         nearest, number = _best_in(its_path.int().argmax(1, keepdim=True), scores)
         numbers[rows] = torch.where(its_path.any(1), codes.start + number, numbers[rows])
         # A product of another shape rounds otherwise, and with its own best the most probable code is exact.
         its_best = best[rows] if scores.shape[1] == states else nearest[:, None]
-        P = _exp(log_factors(scores, its_best, log_w[codes]).add_(share[rows, part, None])).flatten(1)  # (n, codes)
+        P = _powers(factors(scores, its_best, prior[part]).add_(share[rows, part, None])).flatten(1)  # (n, codes)
         stats[:, codes].addmm_(F.pad(chunk, (0, 1), value=1.0).T, P)
         squares += torch.linalg.vector_norm(P).square()
     score = (weights * best.gather(1, subsets).squeeze(1)).sum()

@@ -46,12 +46,12 @@ def test_the_posterior_over_all_paths(length, base):
     log_weights = 3 * torch.randn(5, length, base**2)
     paths = list(all_paths(length, base))
     for found, log_weight in zip(vqvae.path_posterior(log_weights), log_weights):
-        chances = torch.stack([sum(log_weight[t, s] for t, s in enumerate(path)) for path in paths]).softmax(0)
+        chances = torch.stack([sum(log_weight[t, s] for t, s in enumerate(path)) for path in paths]).mul(math.log(2)).softmax(0)
         expected = torch.zeros(length, base**2)
         for path, chance in zip(paths, chances):
             for t, subset in enumerate(path):
                 expected[t, subset] += chance
-        assert torch.allclose(found.exp(), expected, atol=1e-5)
+        assert torch.allclose(found.exp2(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("length", "base"), LENGTHS)
