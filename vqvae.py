@@ -575,11 +575,12 @@ def blahut_arimoto(distances: torch.Tensor, beta: float, source: torch.Tensor | 
 # ----------------------------------------------------------------------------------------
 # Quantizers
 
-CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24, "mps": 1 << 23}  # of the N x K score matrix alive at once
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24, "mps": 1 << 23}  # of the N x K score matrix alive at once; cpu: per thread
 
 
 def _elements_at_once(device):
-    return CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["mps"])  # of others, none of which were measured
+    elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["mps"])  # of others, none of which were measured
+    return elements * min(torch.get_num_threads(), 8) if device.type == "cpu" else elements
 
 
 def _rows_at_once(codes, z):

@@ -52,14 +52,17 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("quantizer", [VQEMAQuantizer(500, 2), BAQuantizer(500, 2)])
-def test_no_matrix_larger_than_a_chunk(monkeypatch, quantizer):
+@pytest.mark.parametrize(("threads", "elements"), [(1, 6000), (3, 18_000), (64, 48_000)])
+@pytest.mark.parametrize("quantizer", [VQEMAQuantizer, BAQuantizer])
+def test_no_matrix_larger_than_a_chunk(monkeypatch, quantizer, threads, elements):
     """N x K is 1,000,000; nothing beyond a chunk, the latents or the codebook is ever made."""
-    monkeypatch.setitem(vqvae.CHUNK_ELEMENTS, "cpu", 6000)
+    monkeypatch.setitem(vqvae.CHUNK_ELEMENTS, "cpu", 6000)  # per thread, up to eight: 12 rows of 500 scores
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    quantizer = quantizer(500, 2)
     with Largest() as largest:
         quantizer.train()(torch.randn(2000, 2))
         quantizer.eval()(torch.randn(2000, 2))
-    assert largest.elements == 6000  # 12 rows of 500 scores; the latents are 2000 x 3 with their ones
+    assert largest.elements == elements  # the latents are 2000 x 3 with their ones
 
 
 def test_lambda_zero_is_blahut_arimoto():
