@@ -1044,6 +1044,15 @@ class Quantizer(Float32Module):
         """Move `ema` and `codebook` by the statistics of `assign`; dead codes may restart at rows of z (N, D)."""
         raise NotImplementedError
 
+    def average(self, stats: torch.Tensor) -> None:
+        """Fold the statistics of a batch (codes, D + 1) into the EMA.
+
+        A code that nothing has chosen for long has none, before its sums get so small (denormal numbers) that on some CPUs the
+        search for the nearest code takes a hundred times as long.
+        """
+        self.ema.lerp_(stats, 1 - self.ema_decay)
+        self.ema.mul_(self.ema[:, -1:] > 1e-20)
+
     def code_numbers(self, indices: torch.Tensor) -> torch.Tensor:
         """Which codes indices (B, ...) int64 in [0, K) stand for, in their shape: without a trellis those of the same number."""
         if not self.trellis:
@@ -1183,7 +1192,7 @@ class VQEMAQuantizer(Quantizer):
 
     def update(self, z, stats):
         """Codes are the EMA centroids (van den Oord 2017, appendix A.1, with the Laplace smoothing of its public code)."""
-        self.ema.lerp_(stats, 1 - self.ema_decay)
+        self.average(stats)
         if self.recipe == "tuned":
             self.restart_dead_codes(z)
         counts = self.ema[:, -1:]  # (codes, 1)
@@ -1265,7 +1274,7 @@ class BAQuantizer(Quantizer):
 
     def update(self, z, stats):
         """Codes are the EMA of the soft centroids E[P(k|z) z] / q_k; a dead one also gets the average log prior."""
-        self.ema.lerp_(stats, 1 - self.ema_decay)
+        self.average(stats)
         if self.entropy_weight > 1:  # the prior wants every code; one that a moving encoder left behind cannot answer
             dead = self.restart_dead_codes(z).squeeze(1)  # (codes,)
             self.log_w.copy_(torch.where(dead, self.log_w.mean(), self.log_w))

@@ -96,7 +96,7 @@ class CVQ(vqvae.VQEMAQuantizer):
     """CVQ: codes move to their closest latent of the batch, the more the less they are used (equations 5 to 7)."""
 
     def update(self, z, stats):
-        self.ema.lerp_(stats, 1 - self.ema_decay)
+        self.average(stats)
         share = self.ema[:, -1:] / self.ema[:, -1].sum()  # (K, 1) running average of use
         alpha = torch.exp(-share * self.codebook_size * 10 / (1 - self.ema_decay) - 1e-3)
         codes = torch.where(self.ema[:, -1:] > 1e-6, self.ema[:, :-1] / self.ema[:, -1:].clamp_min(1e-6), self.codebook)
