@@ -1048,7 +1048,7 @@ class Quantizer(Float32Module):
         """Fold the statistics of a batch (codes, D + 1) into the EMA.
 
         A code that nothing has chosen for long has none, before its sums get so small (denormal numbers) that on some CPUs the
-        search for the nearest code takes a hundred times as long.
+        search for the nearest code takes many times as long.
         """
         self.ema.lerp_(stats, 1 - self.ema_decay)
         self.ema.mul_(self.ema[:, -1:] > 1e-20)

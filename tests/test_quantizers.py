@@ -364,7 +364,7 @@ def test_state_dict_round_trip_continues_the_same():
 @pytest.mark.parametrize("quantizer", [VQEMAQuantizer(64, 4, ema_decay=0.8, recipe="classical"),
                                        VQEMAQuantizer(64, 4, ema_decay=0.8, restart_threshold=0)])
 def test_codes_that_nothing_chooses_become_no_denormal_numbers(quantizer):
-    """On some CPUs these are a hundred times as slow; 0.8^n of them would stay for ever, rounded to themselves."""
+    """On some CPUs these are many times as slow; 0.8^n of them would stay for ever, rounded to themselves."""
     z = torch.randn(4, 4)
     quantizer.train()(torch.randn(64, 4))
     for _ in range(600):
