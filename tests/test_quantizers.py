@@ -39,6 +39,23 @@ def test_chunked_e_step_equals_the_dense_one(monkeypatch, chunk, prior):
     assert torch.equal(nearest_code(z, codebook), indices)
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor on the CPU that says it is on a GPU."""
+
+    device = torch.device("cuda")
+
+
+def test_the_e_step_of_a_gpu_is_the_same():
+    """There the weights come from PyTorch's softmax."""
+    z, codebook, log_w = torch.randn(50, 3), torch.randn(64, 3), torch.randn(64)
+    temperature = torch.tensor(0.5)
+    here = soft_assign(z, codebook, log_w, temperature)
+    there = soft_assign(*(tensor.as_subclass(Elsewhere) for tensor in (z, codebook, log_w)), temperature)
+    assert isinstance(there.stats, Elsewhere) and torch.equal(here.numbers, there.numbers)
+    for name in ("stats", "score", "overlap"):
+        assert torch.allclose(getattr(here, name), getattr(there, name), rtol=1e-4, atol=1e-4)
+
+
 class Largest(TorchDispatchMode):
     """Context that records the size of the largest tensor any operation returns."""
 
