@@ -270,29 +270,24 @@ def open_runs(records):
 
     Raises UserError where none are.
     """
-    opened, models, histograms = [], [], []
-    data, images, gone = None, None, []
-    for record in without_peers(records):
-        own = [identity(record).get(key) for key in ("dataset", "data_dir", "image_size", "test_subset")]
-        config = vqvae.Config.from_dict(record["config"])
-        if data is None and own not in gone:
-            try:
-                data, images = own, vqvae.test_images(config)
-            except vqvae.UserError as error:
-                print(f"no test images: {error}")
-                gone.append(own)
-        if own in gone:
-            print(f"left out, no test images: {record['name']}")
+    def test_set(record):
+        return tuple(identity(record).get(key) for key in ("dataset", "data_dir", "image_size", "test_subset"))
+
+    opened, images = [], None
+    for group in _groups(without_peers(records), test_set):
+        names = ", ".join(record["name"] for record in group)
+        if opened:
+            print(f"left out, other test images: {names}")
             continue
-        if own != data:
-            print(f"left out, other test images: {record['name']}")
-            continue
-        model, _ = vqvae.load_model(record["folder"])
-        opened.append(record)
-        models.append(model)
-        histograms.append(vqvae.code_histogram(model, images, config.codebook_size))
+        try:
+            images = vqvae.test_images(vqvae.Config.from_dict(group[0]["config"]))
+            opened = group
+        except vqvae.UserError as error:
+            print(f"no test images: {error}\nleft out, no test images: {names}")
     if not opened:
         raise vqvae.UserError("the test images of none of these runs are there; bring them back to where they were trained with")
+    models = [vqvae.load_model(record["folder"])[0] for record in opened]
+    histograms = [vqvae.code_histogram(model, images, record["config"]["codebook_size"]) for model, record in zip(models, opened)]
     return opened, models, histograms, images
 
 

@@ -99,7 +99,8 @@ class Inception:
     def __call__(self, images):
         resized = np.stack([self.resize(image) for image in images.cpu().numpy()])  # (B, 299, 299, 3), 0..255
         x = torch.from_numpy(resized).to(self.device).permute(0, 3, 1, 2).float()
-        features = self.layers((x - 128) / 128).flatten(1)  # (B, 2048)
+        with vqvae.float32_convolutions():
+            features = self.layers((x - 128) / 128).flatten(1)  # (B, 2048)
         probabilities = torch.softmax(features @ self.weight.T + self.bias, 1)  # (B, 1008)
         return features.cpu(), probabilities.cpu()
 

@@ -138,7 +138,10 @@ def still_to_overwrite(out_dir, configs):
 
     path = out_dir / ".overwrite"
     before = vqvae.read_json(path) if path.exists() else {}
-    asked = {name: values for name, values in before.items() if values["written"] == written(name)}
+    try:
+        asked = {name: values for name, values in before.items() if values["written"] == written(name)}
+    except (KeyError, TypeError) as error:
+        raise vqvae.UserError(f"{path}: damaged, or of an earlier version; delete it, and give --overwrite again") from error
     asked.update({name: {"config": vqvae.identity(config), "written": written(name)} for name, config in configs.items()
                   if config.overwrite and written(name)})
     if asked:

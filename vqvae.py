@@ -142,9 +142,9 @@ class Config:
                                     low=0, high=1)
     ba_iters: int = option(1, "ba_vq: Blahut-Arimoto steps per batch", low=1, high=100)
     prediction: str | None = option(None, "'checkerboard': every second latent is predicted from the codes around it, and the "
-                                    "difference has codes of its own; 'scaled': they tell how large it will be, too, and the "
-                                    "codes are as much larger or smaller (default: scaled; none for cosine, vq_ema classical, "
-                                    "images of one latent)",
+                                    "difference has codes of its own; 'scaled': the size of the difference is predicted, too, "
+                                    "and scales its code (default: scaled; none for cosine, vq_ema classical, images of one "
+                                    "latent)",
                                     choices=("none", "checkerboard", "scaled"))
     trellis: str | None = option(None, "'4', '16' or '64' states: the codes of an image are chosen jointly, along a path through "
                                  "a trellis, each among codebook_size of two, four or eight times as many codes (default: 16 up "
@@ -152,11 +152,11 @@ class Config:
                                  "that 4 does not divide)", choices=("none", "4", "16", "64"))
     # training
     warmup_fraction: float | None = option(None, "fraction of training before the quantizer joins in "
-                                           "(default 0.1; vq_ema classical 0)", low=0, high=0.9)
+                                           "(default: 0.1; vq_ema classical 0)", low=0, high=0.9)
     epochs: int = option(30, "passes over the training set, less the last images that fill no batch", low=1, high=1_000_000)
     batch_size: int = option(128, "images per step, over all processes", low=1, high=1_000_000)
     optimizer: str = option("muon", "optimizer of the networks", choices=("muon", "adamw"))
-    lr: float = option(3e-3, "peak learning rate (warm-up, then cosine decay to 0)", low=1e-9, high=1)
+    lr: float = option(3e-3, "peak learning rate: reached after 2% of the steps, then falls to 0 by a cosine", low=1e-9, high=1)
     seed: int = option(0, "seed of weights, data order and restarts", low=0, high=(1 << 31) - 1)
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N", identity=False)
     precision: str = option("auto", "of the networks, also in validation; quantizer and test are float32",
@@ -383,8 +383,10 @@ def pick_device(device: str) -> tuple[torch.device, str]:
     """(torch.device, reason). Raises UserError for a device that is not there."""
     if device == "auto":
         if torch.cuda.is_available():
-            index = int(os.environ.get("LOCAL_RANK", 0))
-            return torch.device("cuda", index), f"{torch.cuda.get_device_name(index)} found"
+            local, gpus = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+            if not local.isdecimal() or int(local) >= gpus:
+                raise UserError(f"LOCAL_RANK is {local!r}, as torchrun sets it, but the GPUs here are 0 to {gpus - 1}; unset it")
+            return torch.device("cuda", int(local)), f"{torch.cuda.get_device_name(int(local))} found"
         if torch.backends.mps.is_available():
             return torch.device("mps"), "no CUDA, Apple GPU found"
         return torch.device("cpu"), "no CUDA device and no Apple GPU found"
@@ -417,8 +419,11 @@ def pick_precision(precision: str, device: torch.device) -> tuple[torch.dtype, s
 def machine(device: torch.device) -> dict[str, str | int]:
     """What figures were measured on, as keys of a record; another processor alone moves a run's PSNR by some 0.01 dB."""
     cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []  # Linux has it
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else next(
-        (line.split(":")[1].strip() for line in cpus if "model name" in line), platform.processor() or "cpu")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = next((line.split(":")[1].strip() for line in cpus if "model name" in line), platform.processor() or "cpu")
+        name += " (GPU)" if device.type == "mps" else ""
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": sys.version.split()[0]}
 
 
@@ -629,7 +634,10 @@ LN_2 = math.log(2)
 
 
 def _powers(bits):
-    """2^bits in place, but at least 2^-60: less adds nothing to a sum of weights and is slow on the CPU (denormal numbers)."""
+    """2^bits in place, but at least 2^-60: less adds nothing to the sum of a row and is slow on the CPU (denormal numbers).
+
+    So a code that no row of N chooses gets N 2^-60.
+    """
     return bits.clamp_(min=-60).exp2_()
 
 
@@ -709,7 +717,8 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     if entropy_weight <= 1:
         return log_w + step * ((1 - entropy_weight) * (q * len(q)).clamp_min(1e-12).log() - log_w)
     price = 1 / (entropy_weight - 1)  # of an uneven marginal; 0 for lambda = inf
-    share = q * len(q) * torch.exp(price * log_w)  # (K,) of what the code should have: 1 when settled
+    # What share (K,) a code has of what it should have: 1 when settled. Bounded, as a code with exactly none would come to 0 inf.
+    share = (q * len(q)).clamp_min(1e-12) * torch.exp(price * log_w)
     # The logarithm knows no lower bound: a code that got nothing for some batches would rise by nats in each, then get too much.
     excess = share.clamp_min(1).log() + share.clamp_max(1) - 1
     moved = log_w - step / (price + sensitivity) * excess
@@ -955,11 +964,6 @@ def _can_look(tensor):
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _surely_none(mask):
-    """Whether no entry of a bool tensor is set, as far as can be told."""
-    return _can_look(mask) and not mask.any()
-
-
 def _surely_few(mask):
     """Whether less than two thirds of a bool tensor are set, likewise."""
     return _can_look(mask) and 3 * int(mask.sum()) < 2 * mask.numel()
@@ -1147,7 +1151,7 @@ class Quantizer(Float32Module):
         """
         mean_count = self.ema[:, -1].mean()
         dead = self.ema[:, -1:] < self.restart_threshold * mean_count  # (codes, 1)
-        if _surely_none(dead):
+        if _can_look(dead) and not dead.any():
             return dead
         fresh = F.pad(self.distinct_rows(z), (0, 1), value=1.0) * mean_count  # (codes, D + 1)
         self.ema.copy_(torch.where(dead, fresh, self.ema))
@@ -2033,6 +2037,8 @@ def check_writable(path):
     folder = os.path.dirname(path) or "."
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; give the name of a file")
+    if os.path.exists(path) and not os.path.isfile(path):  # it would be replaced
+        raise UserError(f"{path}: is a device or a pipe; give the name of a file")
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; make it, or write elsewhere")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -2350,7 +2356,10 @@ class Muon(torch.optim.Optimizer):
             lr, parameters = group["lr"], [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            gradients, momenta = [p.grad for p in parameters], [self._momentum(p) for p in parameters]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+            gradients, momenta = [p.grad for p in parameters], [self.state[p]["momentum"] for p in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
             directions = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)  # Nesterov's
             torch._foreach_mul_(parameters, 1 - lr * self.WEIGHT_DECAY)
@@ -2362,12 +2371,6 @@ class Muon(torch.optim.Optimizer):
                 steps = orthogonal(torch.stack(matrices))  # (P, m, n)
                 steps *= lr * 0.2 * math.sqrt(max(steps.shape[1:]))
                 torch._foreach_sub_(some, [step.view_as(parameter) for parameter, step in zip(some, steps)])
-
-    def _momentum(self, parameter):
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        return state["momentum"]
 
 
 def make_optimizer(model: nn.Module, lr: float, name: str) -> torch.optim.Optimizer:

@@ -19,7 +19,7 @@ else:
     import vqvae
 
 PRECISION = "tf32x3"  # of the products: float32 accuracy on tensor cores; "ieee": without them
-PROGRAMS = 512        # of the column pass, at least, where K and N allow it: a few per multiprocessor
+PROGRAMS = 512        # of the column pass, at most, unless K alone asks for more: a few per multiprocessor
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def blocks(d):
 
 
 def soft_assign(z, codebook, log_w, temperature):
-    """vqvae.soft_assign; all tensors float32 on one CUDA device. D <= 256; extra memory O(N + K D) + 32 MiB."""
+    """vqvae.soft_assign; all tensors float32 on one CUDA device. D <= 256; extra memory O(N + K D) + 17 MiB."""
     (n, d), k = z.shape, len(codebook)
     (step, block_n, block_k), launch = blocks(d)
     z, codebook, log_w = z.contiguous(), codebook.contiguous(), log_w.contiguous()

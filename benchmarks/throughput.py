@@ -11,8 +11,8 @@ pipeline, the code histogram and the evaluation of the validation split add to a
 a step over the matrix and copy rates measured in the same run; of the quantizer, those without additions. The classical way
 has no prediction and no trellis, nor has this project here unless asked. `ba_vq` has the first temperature, another model the
 last, which almost half of training has. Images are dead leaves. Writes results/speed/throughput_DEVICE_SIZE.json, SIZE its hidden
-width, residual blocks, D, K and batch, then what is not the default: prediction and trellis, pixels and pixels per latent of a
-side, precision.
+width, residual blocks, D, K and batch, then prediction and trellis unless none, the optimizer unless adamw, and, where they are
+not the default, pixels per side and per latent, and the precision.
 """
 
 import dataclasses

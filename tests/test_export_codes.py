@@ -1,5 +1,7 @@
 """export_codes.py: a round trip through files, and bits per pixel by hand."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -51,7 +53,9 @@ def test_what_is_read_is_not_written_over(checkpoint, tmp_path, capsys):
 
 def test_a_place_that_cannot_be_written_is_named_before_the_work(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export_codes, "encode", None)
+    os.mkfifo(tmp_path / "pipe")
     for output, message in ((tmp_path / "nowhere" / "c.npz", "no such folder"), (tmp_path, "is a folder"),
+                            (tmp_path / "pipe", "is a device or a pipe"),
                             (tmp_path / "closed" / "c.npz", "cannot write here")):
         monkeypatch.setattr(vqvae.os, "access", lambda path, mode: not path.endswith("closed"))
         (tmp_path / "closed").mkdir(exist_ok=True)

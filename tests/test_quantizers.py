@@ -154,6 +154,15 @@ def test_the_prior_of_a_starved_code_does_not_wind_up():
     assert torch.allclose(log_w[0] - log_w[1], torch.tensor(20 * 0.1 * (1 + math.log(1.5))))
 
 
+@pytest.mark.parametrize("entropy_weight", [1.5, 10.0, 300.0])
+def test_the_prior_of_a_code_with_nothing_at_all_stays_finite(entropy_weight):
+    q, log_w = torch.tensor([0.0, 0.5, 0.5]), torch.zeros(3)
+    for _ in range(30_000):
+        log_w = prior_step(log_w, q, entropy_weight, 0.5, 0.01)
+    settled = (entropy_weight - 1) * math.log(1e12)  # where the share that the bound leaves is the whole
+    assert log_w.isfinite().all() and log_w[0] == pytest.approx(settled, rel=0.01)
+
+
 def test_the_prior_of_lambda_infinity_does_not_drift():
     log_w, q = torch.randn(9), torch.rand(9).softmax(0)
     for _ in range(1000):
@@ -461,7 +470,7 @@ def test_passing_over_a_restart_of_nothing_changes_no_bit(kind, monkeypatch):
     monkeypatch.setattr(kind, "distinct_rows", lambda *args: drawn.append(1) or vqvae.Quantizer.distinct_rows(*args))
     for skips in (True, False):
         if not skips:
-            monkeypatch.setattr(vqvae, "_surely_none", lambda mask: False)  # as on a GPU
+            monkeypatch.setattr(vqvae, "_can_look", lambda tensor: False)  # as on a GPU
         quantizer = kind(16, 3).train()
         for step in range(30):
             torch.manual_seed(step)  # as vqvae.train does

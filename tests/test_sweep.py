@@ -345,6 +345,14 @@ def test_the_gpu_suite_refuses_an_unknown_step(tmp_path):
     assert done.returncode == 2 and "no step spede" in done.stderr and not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("content", ['{"gpu_ba_vq_k256": {}}', '{"gpu_ba_vq_k256": 3}'])
+def test_a_damaged_note_of_what_to_overwrite_is_named(content, tmp_path):
+    (tmp_path / ".overwrite").write_text(content)
+    with pytest.raises(vqvae.UserError, match=r"\.overwrite: damaged.*delete it"):
+        run_gpu_experiments.main(["--only", "_k256", "--prediction", "none", *SMALL, "--out_dir", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == [".overwrite"]
+
+
 def test_a_stopped_overwrite_is_continued_with_the_runs_it_had_not_reached(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given, real = [], run_gpu_experiments.Sweep.run

@@ -682,6 +682,18 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     assert not vqvae.dist.is_initialized()
 
 
+@pytest.mark.parametrize("local", ["1", "-1", "two"])
+def test_a_local_rank_without_its_gpu_is_named(local, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    with pytest.raises(vqvae.UserError, match="LOCAL_RANK is .*0 to 0; unset it"):
+        vqvae.pick_device("auto")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert vqvae.pick_device("auto") == (torch.device("cuda", 0), "a GPU found")
+
+
 def test_learning_rate_warms_up_and_decays_to_zero():
     rates = [vqvae.learning_rate(step, 1000, 2.0) for step in range(1000)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == 2.0 and rates[20] == 2.0
