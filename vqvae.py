@@ -379,14 +379,21 @@ def say(message):
                           signal.SIGPIPE) from None
 
 
+def own_gpu() -> int:
+    """Number of this process's GPU: LOCAL_RANK, which torchrun sets, else 0. Raises UserError where it is not there."""
+    local, gpus = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+    if not local.isdecimal() or int(local) >= gpus:
+        raise UserError(f"LOCAL_RANK is {local!r}, but the GPUs here are 0 to {gpus - 1}; unset it, or with torchrun "
+                        "lower --nproc_per_node")
+    return int(local)
+
+
 def pick_device(device: str) -> tuple[torch.device, str]:
     """(torch.device, reason). Raises UserError for a device that is not there."""
     if device == "auto":
         if torch.cuda.is_available():
-            local, gpus = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
-            if not local.isdecimal() or int(local) >= gpus:
-                raise UserError(f"LOCAL_RANK is {local!r}, as torchrun sets it, but the GPUs here are 0 to {gpus - 1}; unset it")
-            return torch.device("cuda", int(local)), f"{torch.cuda.get_device_name(int(local))} found"
+            index = own_gpu()
+            return torch.device("cuda", index), f"{torch.cuda.get_device_name(index)} found"
         if torch.backends.mps.is_available():
             return torch.device("mps"), "no CUDA, Apple GPU found"
         return torch.device("cpu"), "no CUDA device and no Apple GPU found"
@@ -714,11 +721,11 @@ def prior_step(log_w, q, entropy_weight, step, sensitivity=1.0):
     lambda = 0 with eta = 1 is Blahut-Arimoto's update of q; lambda = inf is dual ascent on q_k = 1/K, with eta = s = 1 a Sinkhorn
     half-step for codes that have too much (Cuturi 2013).
     """
+    relative = (q * len(q)).clamp_min(1e-12)  # (K,); a code with exactly none would come to log 0, or to 0 inf
     if entropy_weight <= 1:
-        return log_w + step * ((1 - entropy_weight) * (q * len(q)).clamp_min(1e-12).log() - log_w)
+        return log_w + step * ((1 - entropy_weight) * relative.log() - log_w)
     price = 1 / (entropy_weight - 1)  # of an uneven marginal; 0 for lambda = inf
-    # What share (K,) a code has of what it should have: 1 when settled. Bounded, as a code with exactly none would come to 0 inf.
-    share = (q * len(q)).clamp_min(1e-12) * torch.exp(price * log_w)
+    share = relative * torch.exp(price * log_w)  # (K,) of what the code should have: 1 when settled
     # The logarithm knows no lower bound: a code that got nothing for some batches would rise by nats in each, then get too much.
     excess = share.clamp_min(1).log() + share.clamp_max(1) - 1
     moved = log_w - step / (price + sensitivity) * excess
@@ -2560,10 +2567,7 @@ def start_processes(device: str = "auto"):
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ) and not dist.is_initialized():
         on_gpus = torch.cuda.is_available() and device != "cpu"
         if on_gpus:
-            local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-            if local >= gpus:
-                raise UserError(f"a process for each GPU, of which there are {gpus} here; lower --nproc_per_node")
-            torch.cuda.set_device(local)
+            torch.cuda.set_device(own_gpu())
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         try:
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # the first process may be downloading

@@ -36,6 +36,12 @@ def tiny_config(tiny):
     return lambda **changes: vqvae.Config(**tiny(**changes))
 
 
+def rounds_to_tf32():
+    """Whether convolutions would, now, on a GPU."""
+    conv = getattr(torch.backends.cudnn, "conv", None)  # from PyTorch 2.9 on
+    return conv.fp32_precision != "ieee" if conv else torch.backends.cudnn.allow_tf32
+
+
 @pytest.fixture
 def cifar10_dir():
     folder = ROOT / "data"

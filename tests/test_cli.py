@@ -472,6 +472,11 @@ def test_an_apple_gpu_that_is_not_there(monkeypatch):
         vqvae.pick_device("mps")
 
 
+def test_a_record_of_an_apple_gpu_does_not_pass_for_one_of_its_processor():
+    names = [vqvae.machine(torch.device(kind))["device"] for kind in ("cpu", "mps")]
+    assert names[1] == f"{names[0]} (GPU)"
+
+
 def test_a_batch_that_cannot_be_is_refused(tiny_config, monkeypatch):
     with pytest.raises(vqvae.UserError, match="batch_size: 16 is more than the 2 training images; lower it"):
         vqvae.train(tiny_config(train_subset=2))

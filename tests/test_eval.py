@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import rounds_to_tf32
 from PIL import Image
 
 import eval_cifar
@@ -149,6 +150,14 @@ def test_rfid_of_perfect_reconstructions_is_zero(stand_in):
     assert torch.allclose(features, theirs, atol=1e-5)
     x = torch.nn.functional.softmax(network.network.output(features), 1)
     assert features.shape == (30, 2048) and torch.allclose(p, x, atol=1e-6)
+
+
+def test_features_are_made_without_tf32(stand_in):
+    network, seen = eval_cifar.Inception(stand_in, "clean", "cpu"), []
+    layers = network.layers
+    network.layers = lambda x: seen.append(rounds_to_tf32()) or layers(x)
+    network(torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8))
+    assert seen == [False] and rounds_to_tf32()
 
 
 def test_offline_without_weights_keeps_the_other_metrics(run_folder, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import rounds_to_tf32
 
 import eval_cifar
 import export_codes
@@ -67,11 +68,6 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(checkpoint, tmp
 def test_other_splits(checkpoint, tmp_path, split, count):
     assert not run("encode", "--checkpoint", checkpoint, "--output", tmp_path / "c.npz", "--split", split)
     assert len(np.load(tmp_path / "c.npz")["indices"]) == count
-
-
-def rounds_to_tf32():
-    conv = getattr(torch.backends.cudnn, "conv", None)  # from PyTorch 2.9 on
-    return conv.fp32_precision != "ieee" if conv else torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("work", ["encode", "decode", "inception"])
